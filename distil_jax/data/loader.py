@@ -1,0 +1,196 @@
+"""Packed rows on disk, and batches that are a pure function of (seed, step).
+
+A shard is an ArrayRecord file whose records have one size: the int32 values of every field of one row, field after
+field in the order of their names, little-endian. The manifest part that `write_shards` returns says which fields, how
+long, and what each file holds; the stage that writes the shards puts it into its manifest.json.
+"""
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from jaxtyping import Int32
+
+from distil_jax.errors import UserError
+
+BatchField = Int32[np.ndarray, "B L"]
+Batch = dict[str, BatchField]
+Manifest = dict[str, Any]
+
+# One record per chunk: reading a single row at random decompresses that row alone.
+_WRITER_OPTIONS = "group_size:1,zstd:3"
+
+
+def write_shards(
+    rows: Mapping[str, np.ndarray], directory: str | Path, prefix: str, rows_per_shard: int = 4096
+) -> Manifest:
+    """Write rows (field -> integers [R, L_field]) as `prefix`-00000-of-0000N.arrayrecord files.
+
+    A file appears under its name only when it is whole, and the same rows always give the same bytes.
+
+    Returns the manifest part: {"fields": {name: L}, "records": R, "files": [{"name", "records", "bytes", "sha256"}]}.
+    Raises UserError for no rows, unequal numbers of rows, or values outside int32.
+    """
+    columns = {name: _as_int32(name, np.asarray(values)) for name, values in sorted(rows.items())}
+    counts = {name: len(column) for name, column in columns.items()}
+    if not counts or min(counts.values()) == 0:
+        raise UserError(
+            f"no rows to write to {directory}/{prefix}: all of them were filtered out or the source is empty"
+        )
+    if len(set(counts.values())) > 1:
+        raise UserError(f"fields of {directory}/{prefix} have unequal numbers of rows: {counts}")
+    if rows_per_shard < 1:
+        raise UserError(f"rows_per_shard={rows_per_shard} must be at least 1")
+    records = np.concatenate(list(columns.values()), axis=1)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    shards = [records[start : start + rows_per_shard] for start in range(0, len(records), rows_per_shard)]
+    names = [f"{prefix}-{n:05d}-of-{len(shards):05d}.arrayrecord" for n in range(len(shards))]
+    return {
+        "fields": {name: column.shape[1] for name, column in columns.items()},
+        "records": len(records),
+        "files": [_write_shard(directory / name, shard) for name, shard in zip(names, shards, strict=True)],
+    }
+
+
+def _as_int32(name: str, values: np.ndarray) -> np.ndarray:
+    if values.ndim != 2 or values.dtype.kind not in "biu":
+        raise UserError(f"field {name} must be integers [rows, length], not {values.dtype} {list(values.shape)}")
+    if values.size and not (-(2**31) <= values.min() and values.max() < 2**31):
+        raise UserError(f"field {name} reaches from {values.min()} to {values.max()}, outside int32")
+    return values.astype("<i4", copy=False)
+
+
+def _write_shard(path: Path, records: np.ndarray) -> dict[str, Any]:
+    partial = path.with_name(f".{path.name}.partial")
+    writer = ArrayRecordWriter(str(partial), _WRITER_OPTIONS)
+    for record in records:
+        writer.write(record.tobytes())
+    writer.close()
+    entry = {"name": path.name, "records": len(records), "bytes": partial.stat().st_size, "sha256": _sha256(partial)}
+    os.replace(partial, path)
+    return entry
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Loader:
+    """Batches of packed rows for one process.
+
+    The global batch of a step depends on (shards, seed, batch_size, step) alone: every epoch is a shuffle of all rows,
+    epochs follow each other without a gap, and a batch may hold the end of one and the beginning of the next. Process p
+    of P gets the p-th of P equal slices of it, so a run can go on with another number of processes.
+
+    Attributes: fields (name -> length), records (rows of all shards), batch_size (global), local_batch_size.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        manifest_part: Manifest,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        *,
+        verify: bool = True,
+    ):
+        """Open the shards of `manifest_part` in `directory`.
+
+        verify: read every file once and compare checksums; sizes and record counts are always compared.
+
+        Raises UserError naming the file that is missing or not as the manifest says, or for a batch size that
+        process_count does not divide.
+        """
+        self.fields: dict[str, int] = dict(sorted(manifest_part["fields"].items()))
+        self.records: int = manifest_part["records"]
+        self.batch_size = batch_size
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"there is no process {process_index} of {process_count}: they count from 0")
+        self.process_index, self.process_count = process_index, process_count
+        self.local_batch_size = self._local(batch_size)
+        files = manifest_part["files"]
+        for entry in files:
+            _check_shard(Path(directory) / entry["name"], entry, 4 * sum(self.fields.values()), verify)
+        if sum(entry["records"] for entry in files) != self.records or not self.records:
+            raise UserError(
+                f"the manifest of {directory} says {self.records} records, its files hold others: write it again"
+            )
+        paths = [str(Path(directory) / entry["name"]) for entry in files]
+        self._rows = grain.MapDataset.source(grain.sources.ArrayRecordDataSource(paths)).map(self._decode)
+        # grain shuffles epoch e with seed + e, so neighbouring seeds would share orders: spread them first.
+        spread = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        self._batches = self._rows.shuffle(seed=spread).repeat().batch(self.local_batch_size)
+
+    def _local(self, batch_size: int) -> int:
+        """Rows of this process in a global batch."""
+        if batch_size < 1 or batch_size % self.process_count:
+            raise UserError(
+                f"batch_size={batch_size} does not divide among {self.process_count} processes: use a positive multiple"
+            )
+        return batch_size // self.process_count
+
+    def _decode(self, record: bytes) -> dict[str, np.ndarray]:
+        values = np.frombuffer(record, "<i4")
+        ends = np.cumsum(list(self.fields.values()))
+        return dict(zip(self.fields, np.split(values, ends[:-1]), strict=True))
+
+    def batch(self, step: int) -> Batch:
+        """This process's slice of the global batch of `step` (0, 1, ...): field -> int32[B_local, L]. No state."""
+        if step < 0:
+            raise ValueError(f"step {step} is negative: steps count from 0")
+        return self._batches[step * self.process_count + self.process_index]
+
+    def iterate(self, start_step: int = 0, prefetch: int = 2) -> Iterator[Batch]:
+        """batch(start_step), batch(start_step + 1), ... for ever; a thread reads ahead and ends with the iterator."""
+        with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:
+            ahead = deque(pool.submit(self.batch, start_step + n) for n in range(prefetch))
+            for step in count(start_step + prefetch):
+                ahead.append(pool.submit(self.batch, step))
+                yield ahead.popleft().result()
+
+    def sweep(self, batch_size: int | None = None) -> Iterator[Batch]:
+        """Every row once, in the order of the shards, in global batches of `batch_size` (default: the loader's own).
+
+        The last batch is filled up with rows of zeros: their segment ids are 0, so they count for nothing. Every
+        process gets the same number of batches.
+        """
+        batch_size = batch_size or self.batch_size
+        local = self._local(batch_size)
+        for start in range(self.process_index * local, self.process_index * local + self.records, batch_size):
+            rows = [self._rows[n] for n in range(start, min(start + local, self.records))]
+            batch = {name: np.zeros((local, length), np.int32) for name, length in self.fields.items()}
+            for n, row in enumerate(rows):
+                for name, values in row.items():
+                    batch[name][n] = values
+            yield batch
+
+
+def _check_shard(path: Path, entry: Mapping[str, Any], record_bytes: int, verify: bool) -> None:
+    """UserError unless the file is as its manifest entry says and its records have `record_bytes` bytes."""
+    again = "delete the folder and run the stage that wrote it again"
+    if not path.is_file():
+        raise UserError(f"shard {path} is missing: {again}")
+    if path.stat().st_size != entry["bytes"]:
+        raise UserError(f"shard {path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}: {again}")
+    if verify and _sha256(path) != entry["sha256"]:
+        raise UserError(f"shard {path} does not have the checksum of the manifest: {again}")
+    reader = ArrayRecordReader(str(path))
+    found, length = reader.num_records(), len(reader.read([0])[0]) if reader.num_records() else 0
+    reader.close()
+    if (found, length) != (entry["records"], record_bytes):
+        raise UserError(
+            f"shard {path} has {found} records of {length} bytes, the manifest says {entry['records']} of "
+            f"{record_bytes}: {again}"
+        )

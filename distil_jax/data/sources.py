@@ -1,0 +1,310 @@
+"""Rows of text: the one schema that every source yields, the reader of the user's own files, and the quarantine.
+
+A row's text is `prompt + completion`, with nothing put between them; only the completion is learned from. A row that
+cannot be used is never dropped silently: it goes to `quarantine.jsonl` with its file, line and reason, and is counted.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+from distil_jax.errors import UserError, nearest
+
+SPLITS = ("train", "validation", "test")
+_SPLIT_ALIASES = {"val": "validation", "valid": "validation", "dev": "validation"}
+_OPTIONAL_COLUMNS = ("id", "source", "licence", "specialty", "split")
+_PEEK_ROWS = 100  # a JSONL file has no header: the keys of its first rows stand for one
+
+
+@dataclass(frozen=True)
+class Row:
+    """One document. `kind` is "pair" (a prompt and its completion) or "text" (empty prompt, all of it learned)."""
+
+    id: str
+    source: str
+    split: str
+    licence: str
+    specialty: str
+    kind: str
+    prompt: str
+    completion: str
+
+
+class Quarantine:
+    """Collects unusable rows in a JSON-lines file (`file`, `row`, `reason`, `detail`) and counts them by reason.
+
+    `row` is the 1-based line of a text file, the 1-based row of a Parquet file, or the name of a term. The file is
+    started afresh, so a file of zero length means that nothing was refused. Use it as a context manager, or `close()`.
+    `counts` (reason -> rows) belongs in the manifest; keep `reason` to a few fixed phrases, the rest goes to `detail`.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.counts: Counter[str] = Counter()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "w", encoding="utf-8")
+
+    def add(self, file: str | os.PathLike, row: int | str, reason: str, detail: str = "") -> None:
+        record = {"file": str(file), "row": row, "reason": reason, "detail": detail}
+        self._file.write(json.dumps(record) + "\n")  # ASCII: a detail may hold what UTF-8 cannot
+        self.counts[reason] += 1
+
+    @property
+    def total(self) -> int:
+        return self.counts.total()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Quarantine:
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+
+def stable_fraction(key: str, seed: int | str = 0) -> float:
+    """A number in [0, 1) that depends on `key` and `seed` alone: not on the process, the machine or the order."""
+    digest = hashlib.sha256(f"{seed}\0{key}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def split_of(key: str, *, seed: int | str = 0, validation: float = 0.04, test: float = 0.08) -> str:
+    """The split of a document by a hash of `key`: the same key is always on the same side."""
+    u = stable_fraction(key, seed)
+    return "test" if u < test else "validation" if u < test + validation else "train"
+
+
+def read_files(
+    files: Iterable[str | os.PathLike] | str | os.PathLike,
+    quarantine: Quarantine,
+    *,
+    split_seed: int = 0,
+    validation: float = 0.04,
+    test: float = 0.08,
+) -> Iterator[Row]:
+    """Rows of .jsonl, .csv and .parquet files with the columns `prompt` and `completion`, or `text`.
+
+    Optional columns: `id`, `specialty`, `source`, `licence` (or `license`), `split` (train, validation, test); all
+    others are ignored. Without `split` a row is placed by a hash of its text, so equal texts never stand on two sides.
+
+    Raises UserError at the call for a missing file or an unknown extension, and while reading for a missing column, a
+    file with no usable row, or a broken Parquet file. Malformed lines, undecodable bytes, values that are not text and
+    empty text go to `quarantine`.
+    """
+    paths = [Path(f) for f in ([files] if isinstance(files, (str, os.PathLike)) else files)]
+    for path in paths:
+        if path.suffix.lower() not in _READERS:
+            hint = "; if it has one JSON object a line, name it .jsonl" if path.suffix.lower() == ".json" else ""
+            raise UserError(f"{path}: data.files takes .jsonl, .csv and .parquet, not {path.suffix!r}{hint}")
+        if not path.is_file():
+            what = "is a directory; name the files in it" if path.is_dir() else "does not exist; check data.files"
+            raise UserError(f"{path} {what}")
+
+    def rows() -> Iterator[Row]:
+        for path in paths:
+            before, used = quarantine.total, 0
+            for row in _rows_of_file(path, quarantine, split_seed, validation, test):
+                used += 1
+                yield row
+            if not used:
+                refused = quarantine.total - before
+                raise UserError(f"{path} has no usable row ({refused} refused, see {quarantine.path}); mend the file")
+
+    return rows()
+
+
+def _rows_of_file(path: Path, quarantine: Quarantine, seed: int, validation: float, test: float) -> Iterator[Row]:
+    columns, records = _READERS[path.suffix.lower()](path, quarantine)
+    if columns:  # no columns at all: nothing could be read, and the caller says so
+        _check_columns(path, columns)
+    for number, record in records:
+        fields = _text_fields(record)
+        if isinstance(fields, str):
+            quarantine.add(path, number, *fields.split(": ", 1))
+            continue
+        kind, prompt, completion = fields
+        given = {name: record.get(name) for name in _OPTIONAL_COLUMNS}
+        given["licence"] = given["licence"] or record.get("license")
+        given = {name: value for name, value in given.items() if value not in (None, "")}
+        if problem := _problem(prompt, completion, given):
+            quarantine.add(path, number, problem)
+            continue
+        given = {name: str(value).strip() for name, value in given.items()}
+        key = hashlib.sha256(f"{prompt}\0{completion}".encode()).hexdigest()
+        split = given.get("split") or split_of(key, seed=seed, validation=validation, test=test)
+        split = _SPLIT_ALIASES.get(split.lower(), split.lower())
+        if split not in SPLITS:
+            quarantine.add(path, number, "unknown split", f"{split!r} is none of {', '.join(SPLITS)}")
+            continue
+        yield Row(
+            id=given.get("id", f"{path}:{number}"),
+            source=given.get("source", path.stem),
+            split=split,
+            licence=given.get("licence", "unknown"),
+            specialty=given.get("specialty", "other"),
+            kind=kind,
+            prompt=prompt,
+            completion=completion,
+        )
+
+
+def _text_fields(record: dict) -> tuple[str, str, str] | str:
+    """(kind, prompt, completion) of a record, or "reason: detail" where it has neither a pair nor a text."""
+    prompt, completion, text = (record.get(name) for name in ("prompt", "completion", "text"))
+    if completion is not None and prompt is not None:
+        return ("pair" if prompt != "" else "text"), prompt, completion
+    if text is not None:
+        return "text", "", text
+    present = ", ".join(name for name, value in record.items() if value is not None) or "nothing"
+    return f"missing field: the row has {present}; it needs prompt and completion, or text"
+
+
+def _problem(prompt: object, completion: object, given: dict) -> str | None:
+    values = (prompt, completion, *given.values())
+    if any(isinstance(value, bytes) or (isinstance(value, str) and not _encodable(value)) for value in values):
+        return "not UTF-8"
+    if not (isinstance(prompt, str) and isinstance(completion, str)):
+        return "not a string"
+    return None if completion.strip() else "empty text"
+
+
+def _encodable(text: str) -> bool:
+    """False for lone surrogates: undecodable bytes of a CSV, or \\udXXX written in JSON."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_columns(path: Path, columns: list[str]) -> None:
+    if {"prompt", "completion"} <= set(columns) or "text" in columns:
+        return
+    half = {"prompt", "completion"} & set(columns)
+    wanted = sorted({"prompt", "completion"} - half) if half else ["text", "prompt", "completion"]
+    others = [column for column in columns if column not in half]
+    guess = next((g for name in wanted if (g := nearest(name, others))), "")
+    missing = (
+        f"no column {wanted[0]!r} beside {half.pop()!r}" if half else "no columns 'prompt' and 'completion', or 'text'"
+    )
+    raise UserError(f"{path}: {missing}; it has {', '.join(columns)}{guess}; rename the columns in the file")
+
+
+# Readers: each returns (column names, iterator of (1-based line or row, record)).
+
+
+def _read_jsonl(path: Path, quarantine: Quarantine):
+    def records():
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                try:
+                    record = json.loads(line.decode("utf-8"))
+                except UnicodeDecodeError as error:
+                    quarantine.add(path, number, "not UTF-8", str(error))
+                except (json.JSONDecodeError, RecursionError) as error:
+                    reason = "malformed JSON" if line.strip() else "empty line"
+                    quarantine.add(path, number, reason, str(error))
+                else:
+                    if isinstance(record, dict):
+                        yield number, record
+                    else:
+                        quarantine.add(path, number, "malformed JSON", "not an object with named fields")
+
+    rest = records()
+    head = list(islice(rest, _PEEK_ROWS))
+    columns = list(dict.fromkeys(name for _, record in head for name in record))
+    if head and not columns:
+        columns = ["(no fields)"]
+    return columns, chain(head, rest)
+
+
+def _read_csv(path: Path, quarantine: Quarantine):
+    csv.field_size_limit(2**31 - 1)  # the default, 131072 characters, is less than one long document
+
+    def lines():
+        # Undecodable bytes become surrogates, so that they cost their row and not the file.
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            yield from file
+
+    try:
+        columns = [name.strip() for name in next(csv.reader(lines(), strict=True), [])]
+    except csv.Error as error:
+        raise UserError(f"{path}: the header is not CSV ({error}); write one line of column names") from error
+
+    def records():
+        reader = csv.reader(lines(), strict=True)
+        next(reader, None)
+        while True:
+            number = reader.line_num + 1
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                quarantine.add(path, number, "malformed CSV", f"to line {reader.line_num}: {error}")
+                continue
+            if not values:
+                quarantine.add(path, number, "empty line")
+            elif len(values) != len(columns):
+                quarantine.add(path, number, "malformed CSV", f"{len(values)} fields under {len(columns)} columns")
+            else:
+                yield number, dict(zip(columns, values, strict=True))
+
+    return columns, records()
+
+
+def _read_parquet(path: Path, quarantine: Quarantine):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        parquet = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a whole Parquet file ({error}); copy or write it again") from error
+    schema = parquet.schema_arrow
+    wanted = [name for name in schema.names if name in {"prompt", "completion", "text", "license", *_OPTIONAL_COLUMNS}]
+
+    def records():
+        number = 0
+        try:
+            for batch in parquet.iter_batches(batch_size=1024, columns=wanted):
+                columns = [_values(batch.column(name)) for name in wanted]
+                for values in zip(*columns, strict=True):
+                    number += 1
+                    yield number, dict(zip(wanted, values, strict=True))
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path} breaks off after row {number} ({error}); copy or write it again") from error
+        finally:
+            parquet.close()
+
+    def _values(column: pa.Array) -> list:
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+        if not any(kind(column.type) for kind in kinds):
+            return column.to_pylist()
+        return [_decoded(value) for value in column.cast(pa.large_binary()).to_pylist()]
+
+    return list(schema.names), records()
+
+
+def _decoded(value: bytes | None) -> str | bytes | None:
+    """Text of UTF-8 bytes; bytes that are not stay bytes, for the quarantine to name their row."""
+    try:
+        return value if value is None else value.decode("utf-8")
+    except UnicodeDecodeError:
+        return value
+
+
+_READERS = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}

@@ -1,0 +1,1 @@
+"""Measurement: likelihoods over held-out text, and intervals over documents."""

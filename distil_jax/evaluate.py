@@ -1,0 +1,169 @@
+"""Stage 4: what each model makes of held-out text, side by side, with intervals over documents.
+
+    distil-jax evaluate --config configs/tiny.py
+
+Writes evaluate/manifest.json with one entry for the teacher, the untouched student and every trained student, and the
+paired differences to the control.
+
+bits_per_byte: the supervised text (a definition, given its question) in bits per byte of UTF-8. Bytes are the same for
+    both tokenizers, so teacher and student compare. End-of-sequence tokens have no bytes and are left out.
+token_accuracy: at root positions, where both tokenizations stand at the same byte, how often a model's most likely
+token
+    is the true next token of its own tokenization. "Token-level accuracy retained" is the student's over the teacher's.
+agreement_with_teacher: at root positions, how often the student's most likely token is the first piece of the
+teacher's.
+"""
+
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from distil_jax import learners
+from distil_jax.data.loader import Loader
+from distil_jax.eval import bootstrap, likelihood
+from distil_jax.projection import Projection
+from distil_jax.tokens.align import ROOT
+from distil_jax.workdir import Workdir
+
+SPLIT = "test"
+
+
+def main(config: ConfigDict) -> dict[str, Any]:
+    """Scores every model on the test split unless that is done; returns the manifest."""
+    work = Workdir(config)
+    if found := work.done("evaluate"):
+        return found
+    corpus = work.require("corpus")
+    for run in config.runs:
+        work.require(run)
+    stage = work.begin("evaluate")
+    mesh = learners.mesh_of(config)
+    tables = learners.tables_of(work)
+    e = config.evaluation
+    with jax.set_mesh(mesh):
+        loader = Loader(work / "corpus", corpus["shards"][SPLIT], e.batch_size, 0)
+        rows = collect(loader, e.batch_size)
+        first_piece = Projection.load(work / "projection", teacher=tables["teacher"], student=tables["student"]).best()
+
+        def scored(side, model, params):
+            scorer = likelihood.make_scorer(model, side, block=config.objective.block, mesh=mesh)
+            values = likelihood.sweep(scorer, params, loader.sweep(e.batch_size), mesh)
+            values = {name: array[: loader.records] for name, array in values.items()}
+            return values | {"parameters": sum(p.size for p in jax.tree.leaves(params))}
+
+        scores = {"teacher": scored("teacher", *learners.teacher(work, mesh))}
+        scores["student_before"] = scored("student", *learners.untrained(work, "student", mesh))
+        for run in config.runs:
+            scores[run] = scored("student", *learners.trained(work, run, mesh))
+
+    documents = Documents(rows, tables, len(corpus["specialties"]))
+    results = {
+        name: documents.measure(
+            "teacher" if name == "teacher" else "student", values, scores["teacher"], first_piece, e
+        )
+        for name, values in scores.items()
+    }
+    facts: dict[str, Any] = {"documents": documents.count, "bytes": int(documents.bytes_D.sum()), "models": results}
+    bits = {name: documents.bits(name == "teacher", values["nats"]) for name, values in scores.items()}
+    facts["differences"] = {
+        f"{other} - distilled": difference(bits[other], bits["distilled"], documents.bytes_D, e)
+        for other in ("control", "smoothing", "teacher", "student_before")
+        if other in bits
+    }
+    facts["bits_per_byte_by_specialty"] = {
+        name: {run: value[i] for run, value in documents.by_specialty(bits).items()}
+        for i, name in enumerate(corpus["specialties"])
+        if documents.bytes_of_specialty()[i] > 0
+    }
+    return stage.finish(**facts)
+
+
+def collect(loader: Loader, batch_size: int) -> dict[str, np.ndarray]:
+    """All rows of a split on the host: field -> [R, L]."""
+    batches = list(loader.sweep(batch_size))
+    return {name: np.concatenate([b[name] for b in batches])[: loader.records] for name in batches[0]}
+
+
+def difference(bits_D: np.ndarray, minus_D: np.ndarray, bytes_D: np.ndarray, e: ConfigDict) -> dict[str, Any]:
+    """Bits per byte of one model less another's, paired by document. Above 0: the second is better."""
+    value, interval = bootstrap.ratio(bits_D, bytes_D, minus=minus_D, samples=e.bootstrap)
+    return {"bits_per_byte": value, "interval": interval}
+
+
+class Documents:
+    """The test rows, seen as documents: what is needed to turn per-token scores into per-document sums."""
+
+    def __init__(self, rows: dict[str, np.ndarray], tables: dict[str, Any], specialties: int):
+        self.rows = rows
+        used = rows["student_segment_ids"] > 0
+        ids, inverse = np.unique(rows["document"][used], return_inverse=True)
+        self.count = len(ids)
+        self.index = np.zeros(used.shape, np.int64)  # [R, Ls] -> 0..D-1
+        self.index[used] = inverse
+        self.teacher_index = self._teacher_index(used)
+        self.size = {
+            side: tables[side].lengths[rows[f"{side}_targets"]] * (rows[f"{side}_weights"] > 0)
+            for side in ("student", "teacher")
+        }
+        self.bytes_D = self._sum(self.index, self.size["student"])
+        if not np.array_equal(self.bytes_D, self._sum(self.teacher_index, self.size["teacher"])):
+            raise AssertionError("both tokenizations of a document must supervise the same bytes")
+        self.roots = (rows["role"] == ROOT) & (self.size["student"] > 0)
+        self.specialty_D = np.zeros(self.count, np.int64)
+        self.specialty_D[self.index[used]] = rows["specialty"][used]
+        self.specialties = specialties
+
+    def _teacher_index(self, used: np.ndarray) -> np.ndarray:
+        """Document of each teacher position: segments have the same numbers on both sides of a row."""
+        lookup = np.zeros((len(used), int(self.rows["student_segment_ids"].max()) + 1), np.int64)
+        r, c = np.nonzero(used)
+        lookup[r, self.rows["student_segment_ids"][r, c]] = self.index[r, c]
+        return np.take_along_axis(lookup, self.rows["teacher_segment_ids"].astype(np.int64), axis=1)
+
+    def _sum(self, index: np.ndarray, values: np.ndarray) -> np.ndarray:
+        return np.bincount(index.ravel(), values.ravel().astype(np.float64), minlength=self.count)
+
+    def bits(self, of_teacher: bool, nats: np.ndarray) -> np.ndarray:
+        """Bits of each document's bytes, [D]."""
+        side, index = ("teacher", self.teacher_index) if of_teacher else ("student", self.index)
+        return self._sum(index, nats * (self.size[side] > 0)) / np.log(2)
+
+    def bytes_of_specialty(self) -> np.ndarray:
+        return np.bincount(self.specialty_D, self.bytes_D, minlength=self.specialties)
+
+    def by_specialty(self, bits: dict[str, np.ndarray]) -> dict[str, list[float]]:
+        """Bits per byte of each model in each specialty."""
+        size = np.maximum(self.bytes_of_specialty(), 1)
+        return {run: (np.bincount(self.specialty_D, b, self.specialties) / size).tolist() for run, b in bits.items()}
+
+    def measure(
+        self, side: str, values: dict[str, Any], teacher: dict[str, Any], first_piece: np.ndarray, e: ConfigDict
+    ) -> dict[str, Any]:
+        """The measures of one model (module docstring) with their intervals."""
+        at = self.rows["teacher_position"].astype(np.int64)
+        teacher_says = np.take_along_axis(teacher["prediction"], at, axis=1)
+        if side == "teacher":
+            right = teacher_says == np.take_along_axis(self.rows["teacher_targets"], at, axis=1)
+            agree = np.ones_like(right)
+        else:
+            right = values["prediction"] == self.rows["student_targets"]
+            agree = values["prediction"] == first_piece[teacher_says]
+        roots_D = self._sum(self.index, self.roots)
+        measures: dict[str, Any] = {"parameters": int(values["parameters"])}
+        for name, top, bottom in (
+            ("bits_per_byte", self.bits(side == "teacher", values["nats"]), self.bytes_D),
+            ("token_accuracy", self._sum(self.index, right & self.roots), roots_D),
+            ("agreement_with_teacher", self._sum(self.index, agree & self.roots), roots_D),
+        ):
+            value, interval = bootstrap.ratio(top, bottom, samples=e.bootstrap)
+            measures |= {name: value, f"{name}_interval": interval}
+        return measures
+
+
+if __name__ == "__main__":
+    from distil_jax.cli import stage_main
+
+    sys.exit(stage_main(main))

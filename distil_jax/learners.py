@@ -1,0 +1,72 @@
+"""The models of a run: made from a shape or read from a path, before and after training."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from distil_jax import sharding
+from distil_jax.errors import UserError
+from distil_jax.models import hub
+from distil_jax.tokens.bytes import ByteTable
+from distil_jax.workdir import Workdir
+
+SEED_OF = {"teacher": 1, "student": 2}
+
+
+def mesh_of(config: ConfigDict) -> Mesh:
+    """The mesh that config.mesh asks for."""
+    return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+
+
+def tables_of(work: Workdir) -> dict[str, ByteTable]:
+    """The byte tables of both tokenizers."""
+    return {side: ByteTable.from_tokenizer(work.tokenizer(side)) for side in ("teacher", "student")}
+
+
+def hf_tokenizer(work: Workdir, side: str) -> Any:
+    """The side's tokenizer as transformers loads it, to be saved beside a model."""
+    from transformers import AutoTokenizer  # slow to import, and only the end of a stage needs it
+
+    return AutoTokenizer.from_pretrained(work.tokenizer(side))
+
+
+def untrained(work: Workdir, side: str, mesh: Mesh, dtype: str = "float32") -> tuple[Any, Any]:
+    """(model, params) before any training of ours: the checkpoint at `path`, or random weights of `shape`."""
+    part = work.config[side]
+    table = ByteTable.from_tokenizer(work.tokenizer(side))
+    if part.path:
+        model, params = hub.load_pretrained(part.path, dtype=dtype, mesh=mesh)
+        largest = max(int(np.flatnonzero(table.is_text).max()), *table.roles.values())
+        if largest >= model.config.vocab_size:
+            raise UserError(
+                f"the tokenizer at {part.path} has tokens up to id {largest} but the model has "
+                f"{model.config.vocab_size} rows: they do not belong together"
+            )
+        return model, params
+    fields = dict(part.shape.items()) | {
+        "vocab_size": table.vocab_size,
+        "tie_word_embeddings": True,
+        "bos_token_id": table.roles.get("bos"),
+        "eos_token_id": table.roles.get("eos"),
+        "pad_token_id": table.roles.get("pad"),
+    }
+    model = hub.model_from_config(fields)
+    key = jax.random.fold_in(jax.random.key(work.config.seed), SEED_OF[side])
+    init = jax.jit(model.init, static_argnums=1, out_shardings=sharding.param_shardings(model, mesh))
+    return model, init(key, dtype)
+
+
+def teacher(work: Workdir, mesh: Mesh, dtype: str = "float32") -> tuple[Any, Any]:
+    """The teacher that teaches: trained or adapted here, or as it came."""
+    if work.teacher_is_trained():
+        return trained(work, "teacher", mesh, dtype)
+    return untrained(work, "teacher", mesh, dtype)
+
+
+def trained(work: Workdir, run: str, mesh: Mesh, dtype: str = "float32") -> tuple[Any, Any]:
+    """The model that a training run left."""
+    work.require(run)
+    return hub.load_pretrained(work / run / "model", dtype=dtype, mesh=mesh)

@@ -1,0 +1,55 @@
+"""The weight of each medical specialty in the loss (DistilLLM-Med, `w_s`)."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from distil_jax.errors import UserError, nearest
+
+
+def specialty_weights(
+    kind: str, given: Mapping[str, float], names: Sequence[str], tokens_S: Sequence[int]
+) -> Float[np.ndarray, " S"]:
+    """One weight for each specialty of the corpus, with a mean of 1 over the training tokens.
+
+    kind "given": the numbers of `given`, 1 for every specialty it leaves out. "inverse_frequency": proportional to
+    (share of the training tokens)^-1/2, so that small specialties are heard without drowning the large ones.
+
+    names: the corpus' specialties, in the order of their ids; tokens_S: supervised training tokens of each.
+    """
+    counts = np.asarray(tokens_S, np.float64)
+    if kind == "given":
+        for name in given:
+            if name not in names:
+                raise UserError(
+                    f"objective.specialty_weights names {name!r}, which the corpus does not have{nearest(name, names)}"
+                )
+        weights = np.array([float(given.get(name, 1.0)) for name in names])
+    elif kind == "inverse_frequency":
+        weights = np.where(counts > 0, np.maximum(counts, 1) ** -0.5, 0.0)
+    else:
+        raise UserError(f"objective.specialty_weighting is {kind!r}; use 'given' or 'inverse_frequency'")
+    if (weights < 0).any():
+        raise UserError(f"specialty weights are not negative numbers, got {dict(zip(names, weights, strict=True))}")
+    total = counts.sum()
+    mean = (weights * counts).sum() / total if total else 1.0
+    if mean <= 0:
+        raise UserError("every specialty of the corpus has weight 0: there is nothing to learn")
+    return (weights / mean).astype(np.float32)
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """`"cardiology=1.2,radiology=1.0"` as a dict. Raises UserError naming the part that is no name and number."""
+    weights = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, _, number = part.rpartition("=")
+        try:
+            weights[name.strip()] = float(number)
+        except ValueError:
+            name = ""
+        if not name:
+            raise UserError(
+                f"objective.specialty_weights: {part!r} is not NAME=NUMBER, as in cardiology=1.2,radiology=1.0"
+            )
+    return weights

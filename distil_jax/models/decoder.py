@@ -1,0 +1,215 @@
+"""The decoder that every family shares: its description in Flax NNX and the scan over stacked layers.
+
+A family (gemma3.py, llama.py) adds its config fields, the order of operations in a block and its table of Hugging Face
+names. Parameters cross the `jax.jit` boundary as a plain nested dict; the modules are merged back inside the trace.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from distil_jax.errors import UserError
+from distil_jax.models import layers
+from distil_jax.models.config import DecoderConfig
+
+Params = dict[str, Any]
+
+
+class Weight(NamedTuple):
+    """One row of a name table: a Hugging Face tensor and the parameter that holds it, read and written by the same row.
+
+    `name` has {} for the layer index where `path` is a stacked parameter. `inputs` is None where both sides store the
+    same array; else the tensor is a torch Linear [out, in] and our kernel has that many leading input axes.
+    """
+
+    name: str
+    path: tuple[str, ...]
+    inputs: int | None = None
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the parameter has a leading layer axis."""
+        return "{}" in self.name
+
+    def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape on the Hugging Face side of a parameter of `shape` (without the layer axis)."""
+        if self.inputs is None:
+            return tuple(shape)
+        return math.prod(shape[self.inputs :]), math.prod(shape[: self.inputs])
+
+    def read(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Hugging Face -> ours."""
+        return tensor if self.inputs is None else tensor.T.reshape(shape)
+
+    def write(self, array: np.ndarray) -> np.ndarray:
+        """Ours -> Hugging Face."""
+        return array if self.inputs is None else array.reshape(self.hf_shape(array.shape)[::-1]).T
+
+
+class LayerKind(NamedTuple):
+    """What differs between the layers of one model beyond their weights."""
+
+    window: int | None  # sliding window in tokens, the query's own included; None attends to everything before
+    frequencies: np.ndarray  # rotary, [K/2]
+
+
+class Decoder(nnx.Module):
+    """Embedding, stacked blocks, final norm and, if untied, a head: the description of the parameters."""
+
+    def __init__(self, config: DecoderConfig, block: Callable, rngs: nnx.Rngs, dtype, *, one_plus: bool):
+        def stacked(rngs: nnx.Rngs):
+            return block(config, rngs, dtype)
+
+        V, D, N = config.vocab_size, config.hidden_size, config.num_hidden_layers
+        # 0.02 at D = 2500, as is usual; the narrow models of a test or a demonstration learn slower from 0.02.
+        self.embedding = layers.normal(rngs, (V, D), ("vocab", "embed"), D**-0.5, dtype)
+        self.layers = nnx.split_rngs(splits=N)(nnx.vmap(stacked, in_axes=0, out_axes=0))(rngs)
+        self.final_norm = layers.RMSNorm(D, config.rms_norm_eps, one_plus=one_plus, dtype=dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = layers.normal(rngs, (V, D), ("vocab", "embed"), D**-0.5, dtype)
+
+
+class Model:
+    """A decoder-only language model as pure functions of a parameter dict; equal configs make equal models.
+
+    Families set `block` (a module called as block(x, rope table, mask, return_map) -> x, map), `names` (the table of
+    Hugging Face weights) and `one_plus` (Gemma's norm), and say the kinds of their layers.
+    """
+
+    block: ClassVar[type[nnx.Module]]
+    names: ClassVar[tuple[Weight, ...]]
+    one_plus: ClassVar[bool]
+
+    def __init__(self, config: DecoderConfig):
+        self.config = config
+        self._graphdef, self._abstract = nnx.split(nnx.eval_shape(lambda: self._describe(nnx.Rngs(0), jnp.float32)))
+
+    def __eq__(self, other) -> bool:
+        return type(self) is type(other) and self.config == other.config
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.config))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.config})"
+
+    def _describe(self, rngs: nnx.Rngs, dtype) -> Decoder:
+        return Decoder(self.config, self.block, rngs, dtype, one_plus=self.one_plus)
+
+    def layer_kinds(self) -> tuple[tuple[LayerKind, ...], tuple[int, ...]]:
+        """The kinds of layer in this model, and which of them each layer is."""
+        raise NotImplementedError
+
+    @property
+    def embedding_scale(self) -> float:
+        """Factor on the embedded tokens."""
+        return 1.0
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """The rows of the name table that this model has (a tied model has no head of its own)."""
+        return tuple(w for w in self.names if w.path != ("lm_head",) or not self.config.tie_word_embeddings)
+
+    def init(self, key: Array, dtype=jnp.float32) -> Params:
+        """Random parameters: Gaussians of deviation 1/sqrt(inputs), identity norms. Pure, so it can be jitted."""
+        return nnx.to_pure_dict(nnx.state(self._describe(nnx.Rngs(params=key), dtype)))
+
+    def abstract_params(self, dtype=jnp.float32) -> Params:
+        """The tree of `init` with a ShapeDtypeStruct at each leaf."""
+        pure = nnx.to_pure_dict(self._abstract)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), pure)
+
+    def logical_axes(self) -> Params:
+        """The tree of `init` with a tuple of logical axis names at each leaf."""
+
+        def axes(path, leaf):
+            return ("layers",) * (path[0] == "layers") + leaf.get_metadata()["axes"]
+
+        return nnx.to_pure_dict(nnx.map_state(axes, self._abstract))
+
+    def unembedding(self, params: Params) -> Float[Array, "V D"]:
+        """The matrix whose rows score the tokens: logits are `hidden @ unembedding.T`."""
+        return params["embedding"] if self.config.tie_word_embeddings else params["lm_head"]
+
+    def hidden(
+        self,
+        params: Params,
+        tokens_BxL: Int[Array, "B L"],
+        *,
+        segment_ids: Int[Array, "B L"] | None = None,
+        positions: Int[Array, "B L"] | None = None,
+        attention_layers: tuple[int, ...] = (),
+        remat: bool = False,
+    ):
+        """Hidden states after the final norm, [B, L, D] in the dtype of the parameters.
+
+        segment_ids: 0 is padding; attention is causal within an equal, non-zero id (None: one segment per row).
+        positions: rotary positions (None: index within the segment).
+        attention_layers: indices of layers; if any, returns (hidden, {layer: float32 maps [B, H, L, L]}), where the
+          rows of padding queries are zero. Only these layers hold a whole map in memory.
+        remat: recompute each layer in the backward pass and keep only its input.
+        Raises UserError for a layer index out of range.
+        """
+        count = self.config.num_hidden_layers
+        if any(not 0 <= layer < count for layer in attention_layers):
+            raise UserError(f"attention_layers {tuple(attention_layers)}: layers are numbered 0 to {count - 1}")
+        if segment_ids is None:
+            segment_ids = jnp.ones((1, tokens_BxL.shape[1]), jnp.int32)
+        if positions is None:
+            positions = layers.segment_positions(segment_ids)
+        kinds, kind_of_layer = self.layer_kinds()
+        tables = jnp.stack([layers.rope_table(positions, kind.frequencies) for kind in kinds])
+        masks = jnp.stack([layers.attention_mask(segment_ids, kind.window) for kind in kinds])
+
+        decoder = nnx.merge(self._graphdef, params)
+        block_def, stacked = nnx.split(decoder.layers)
+
+        def run(x, kind, block_state, return_map=False):
+            return nnx.merge(block_def, block_state)(x, tables[kind], masks[kind], return_map)
+
+        def run_span(x, start, stop):
+            def body(x, xs):
+                return run(x, *xs)[0], None
+
+            body = jax.checkpoint(body, prevent_cse=False) if remat else body
+            span = jax.tree.map(lambda leaf: leaf[start:stop], stacked) if (start, stop) != (0, count) else stacked
+            if len(kinds) == 1:
+                return jax.lax.scan(lambda x, block: body(x, (0, block)), x, span)[0]
+            return jax.lax.scan(body, x, (jnp.asarray(kind_of_layer[start:stop]), span))[0]
+
+        x = jnp.take(decoder.embedding[...], tokens_BxL, axis=0)
+        if self.embedding_scale != 1.0:
+            # The scale itself is rounded to the dtype, as it was when Gemma was trained.
+            x = x * jnp.asarray(self.embedding_scale, x.dtype)
+        maps, done = {}, 0
+        for layer in sorted(set(attention_layers)):
+            if done < layer:
+                x = run_span(x, done, layer)
+            one = jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked)
+            step = jax.checkpoint(run, static_argnums=(1, 3)) if remat else run
+            x, probabilities = step(x, kind_of_layer[layer], one, True)
+            maps[layer] = jnp.where((segment_ids != 0)[:, None, :, None], probabilities, 0.0)
+            done = layer + 1
+        if done < count:
+            x = run_span(x, done, count)
+        x = decoder.final_norm(x)
+        return (x, maps) if attention_layers else x
+
+    def apply(
+        self,
+        params: Params,
+        tokens_BxL: Int[Array, "B L"],
+        segment_ids: Int[Array, "B L"] | None = None,
+        positions: Int[Array, "B L"] | None = None,
+    ) -> Float[Array, "B L V"]:
+        """Logits in float32, whole in memory; columns that are no text token hold the lowest float32."""
+        hidden_BxLxD = self.hidden(params, tokens_BxL, segment_ids=segment_ids, positions=positions)
+        logits = jnp.einsum("bld,vd->blv", hidden_BxLxD, self.unembedding(params), preferred_element_type=jnp.float32)
+        is_text = jnp.arange(self.config.vocab_size) < self.config.text_vocab_size
+        return jnp.where(is_text[None, None, :], logits, layers.MASKED)

@@ -1,0 +1,201 @@
+"""The safetensors files of a model directory: mapped and read tensor by tensor, written in shards with an index."""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from distil_jax.errors import UserError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+FLOATS = ("F64", "F32", "BF16", "F16")
+# The text tower under its historical names; the first prefix that matches is replaced.
+PREFIXES = (("language_model.model.", "model."), ("model.language_model.", "model."), ("language_model.", ""))
+NOT_TEXT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+BUFFER = re.compile(
+    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+)  # in old Llama files; recomputed from config
+
+
+def read_json(path: Path, need: str) -> dict:
+    """The object in a JSON file. Raises UserError if there is none; `need` says why it is needed."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {need}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no valid JSON ({error}); fetch the file again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__} where an object is expected; fetch the file again")
+    return value
+
+
+def write_json(path: Path, value: dict):
+    """Sorted keys and a final newline, so that equal values are equal files."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+class TensorFiles:
+    """The text tower's tensors of a directory under their canonical names ("model.layers.0.mlp.up_proj.weight").
+
+    A context manager; files are mapped into memory while it is open and only the tensors asked for are copied. Vision
+    weights are passed over. Raises UserError, naming the file, for weights that are missing, pickled or damaged.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._places = {}  # canonical name -> (open file, file name, stored name)
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "TensorFiles":
+        with contextlib.ExitStack() as stack:
+            for file, listed in self._files():
+                handle = self._open(file, stack)
+                stored = set(handle.keys())
+                if lost := sorted(set(listed or ()) - stored):
+                    raise UserError(
+                        f"{self.directory / file}: tensor {lost[0]!r} is listed in {INDEX} but not in the file; "
+                        "fetch both again"
+                    )
+                for name in stored if listed is None else listed:
+                    self._place(handle, file, name)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception):
+        self._stack.close()
+
+    def _files(self) -> list[tuple[str, list[str] | None]]:
+        """The weight files, each with the names that the index expects in it (None: no index)."""
+        if (self.directory / INDEX).exists():
+            weight_map = read_json(self.directory / INDEX, "it lists the tensors").get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise UserError(f"{self.directory / INDEX} has no weight_map; fetch the file again")
+            by_file: dict[str, list[str]] = {}
+            for name, file in weight_map.items():
+                by_file.setdefault(str(file), []).append(name)
+            for file in sorted(by_file):
+                if Path(file).name != file or not (self.directory / file).is_file():
+                    raise UserError(f"{self.directory / INDEX} names {file!r}, which is not there; fetch that file")
+            return sorted(by_file.items())
+        if (self.directory / SINGLE).exists():
+            return [(SINGLE, None)]
+        pickles = sorted(p.name for p in self.directory.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+        if pickles:
+            raise UserError(
+                f"{self.directory} holds its weights only as a pickle ({pickles[0]}), which can run code and is never "
+                "opened; save it as safetensors with transformers first, or use a release that has them"
+            )
+        raise UserError(f"{self.directory} holds no {SINGLE} and no {INDEX}; fetch the weights")
+
+    def _open(self, file: str, stack: contextlib.ExitStack):
+        try:
+            return stack.enter_context(safetensors.safe_open(self.directory / file, framework="numpy"))
+        except (safetensors.SafetensorError, OSError) as error:
+            raise UserError(
+                f"{self.directory / file} is no whole safetensors file ({error}): a broken download or a Git LFS "
+                "pointer; fetch it again"
+            ) from error
+
+    def _place(self, handle, file: str, name: str):
+        canonical = name
+        for prefix, replacement in PREFIXES:
+            if name.startswith(prefix):
+                canonical = replacement + name.removeprefix(prefix)
+                break
+        if NOT_TEXT.match(name) or BUFFER.fullmatch(canonical):
+            return
+        if canonical in self._places:
+            raise UserError(
+                f"{self.directory}: {name!r} and {self._places[canonical][2]!r} are the same tensor under two names; "
+                "keep the files of one export only"
+            )
+        self._places[canonical] = (handle, file, name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def drop(self, name: str):
+        """Forgets a tensor."""
+        del self._places[name]
+
+    def rename(self, name: str, to: str):
+        """Lets a tensor serve under another canonical name."""
+        self._places[to] = self._places.pop(name)
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, copied to host memory in its stored dtype."""
+        handle, _, stored = self._places[name]
+        return handle.get_tensor(stored)
+
+    def equal(self, one: str, other: str, rows: int = 8192) -> bool:
+        """Whether two tensors hold the same numbers, compared a block of rows at a time."""
+        a, b = (handle.get_slice(stored) for handle, _, stored in (self._places[one], self._places[other]))
+        if a.get_shape() != b.get_shape():
+            return False
+        count = a.get_shape()[0]
+        blocks = ((start, min(start + rows, count)) for start in range(0, count, rows))
+        return all(np.array_equal(a[start:end], b[start:end]) for start, end in blocks)
+
+    def check(self, expected: dict[str, tuple[int, ...]]):
+        """Raises UserError unless the tensors are exactly those expected, by name and shape, in a float dtype."""
+        if missing := [name for name in expected if name not in self._places]:
+            raise UserError(
+                f"{self.directory}: tensor {missing[0]!r} is missing ({len(missing)} of {len(expected)} tensors are); "
+                "the files are incomplete or do not belong to this config.json"
+            )
+        if unexpected := sorted(set(self._places) - set(expected)):
+            _, file, stored = self._places[unexpected[0]]
+            raise UserError(
+                f"{self.directory / file}: tensor {stored!r} has no place in the model of this config.json "
+                f"({len(unexpected)} such tensors); check model_type and num_hidden_layers"
+            )
+        for name, shape in expected.items():
+            handle, file, stored = self._places[name]
+            tensor = handle.get_slice(stored)
+            if tuple(tensor.get_shape()) != tuple(shape):
+                raise UserError(
+                    f"{self.directory / file}: tensor {stored!r} has shape {tensor.get_shape()}, config.json asks for "
+                    f"{list(shape)}; the files do not belong together"
+                )
+            if tensor.get_dtype() not in FLOATS:
+                raise UserError(
+                    f"{self.directory / file}: tensor {stored!r} is stored as {tensor.get_dtype()}; quantised weights "
+                    "are not supported, use the float release"
+                )
+
+
+def write_tensors(tensors: Iterable[tuple[str, np.ndarray]], directory: Path, shard_bytes: int):
+    """Writes one file, or several of at most `shard_bytes` with an index, holding one file's tensors at a time."""
+    files: list[list[str]] = []
+    pending: dict[str, np.ndarray] = {}
+    pending_bytes = total = 0
+
+    def flush():
+        safetensors.numpy.save_file(pending, directory / f"part-{len(files)}", metadata={"format": "pt"})
+        files.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        if pending and pending_bytes + tensor.nbytes > shard_bytes:
+            flush()
+            pending_bytes = 0
+        # safetensors writes memory as it lies and ignores strides: a transposed view must be copied first
+        pending[name] = np.ascontiguousarray(tensor)
+        pending_bytes += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(files) == 1:
+        (directory / "part-0").rename(directory / SINGLE)
+        return
+    weight_map = {}
+    for i, names in enumerate(files):
+        file = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        (directory / f"part-{i}").rename(directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

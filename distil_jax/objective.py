@@ -1,0 +1,126 @@
+"""The whole loss of a batch: from the models' parameters to one scalar.
+
+    sum_n w_n (alpha_n CE_n + (1 - alpha_n) tau^2 KL_n) / sum_n w_n
+
+over the supervised tokens n of the batch. `w_n` is the weight of the token's specialty. `alpha_n` is per position:
+where the teacher says nothing about the student's token (no shared boundary) cross-entropy carries the whole weight,
+because a token that keeps only a share of its cross-entropy and gets no teacher in exchange is a token half forgotten.
+Sums are global, so the value does not depend on the mesh or on how documents were packed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from distil_jax.losses import head
+from distil_jax.losses.kd import ProjectionTable
+from distil_jax.losses.schedules import Schedule
+from distil_jax.tokens.align import ROOT
+
+Batch = dict[str, jax.Array]  # the fields of tokens/pack.py, [B, Ls] and [B, Lt]
+
+
+class Frozen(NamedTuple):
+    """What the loss reads and does not learn."""
+
+    specialty_weights_S: Float[Array, " S"]
+    teacher: Any = None  # parameters of the teacher
+    projection: ProjectionTable | None = None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The recipe of one run. Without a teacher model it is cross-entropy training."""
+
+    model: Any  # the model that learns
+    side: str = "student"  # which tokens of the batch it reads: "student" or "teacher"
+    teacher: Any = None  # the model that teaches
+    alpha: Schedule | None = None
+    temperature: Schedule | None = None
+    label_smoothing: float = 0.0
+    block: int = head.BLOCK
+    compute_dtype: str = "float32"
+    remat: bool = False
+    mesh: Mesh | None = None
+
+
+def make_loss(objective: Objective) -> Callable[[Any, Frozen, Batch, jax.Array], tuple[jax.Array, dict[str, Any]]]:
+    """`loss(params, frozen, batch, step) -> (scalar, metrics)`; a metric is (sum, count) over the global batch."""
+    o = objective
+    dtype = jnp.dtype(o.compute_dtype)
+
+    def hidden_of(model, params, batch, side):
+        params = jax.tree.map(lambda p: p.astype(dtype), params)
+        hidden = model.hidden(
+            params,
+            batch[f"{side}_tokens"],
+            segment_ids=batch[f"{side}_segment_ids"],
+            positions=batch[f"{side}_positions"],
+            remat=o.remat and side == o.side,
+        )
+        return hidden, model.unembedding(params)
+
+    def loss(params, frozen, batch, step):
+        weights = batch[f"{o.side}_weights"].astype(jnp.float32)
+        if o.side == "student":
+            weights = weights * frozen.specialty_weights_S[batch["specialty"]]
+        total = jnp.maximum(jnp.sum(weights), 1e-6)
+        hidden, unembedding = hidden_of(o.model, params, batch, o.side)
+        options = {
+            "label_smoothing": o.label_smoothing,
+            "text_vocab": o.model.config.text_vocab_size,
+            "block": o.block,
+            "mesh": o.mesh,
+        }
+        labels = batch[f"{o.side}_targets"]
+        if o.teacher is None:
+            value, out = head.distill(hidden, unembedding, labels, weights / total, **options)
+            return value, _metrics(batch, o.side, out, None, frozen)
+
+        alpha, temperature = o.alpha(step), o.temperature(step)
+        taught = ((batch["role"] == ROOT) & (batch["student_weights"] > 0)).astype(jnp.float32)
+        alpha_BxL = 1 - (1 - alpha) * taught
+        teacher_hidden, teacher_unembedding = hidden_of(o.teacher, frozen.teacher, batch, "teacher")
+        at = batch["teacher_position"][..., None]
+        teacher = head.Teacher(jnp.take_along_axis(teacher_hidden, at, axis=1), teacher_unembedding, frozen.projection)
+        value, out = head.distill(
+            hidden, unembedding, labels, weights * alpha_BxL / total,
+            teacher=teacher, kl_weights_BxL=weights * (1 - alpha_BxL) / total, temperature=temperature, **options,
+        )  # fmt: skip
+        metrics = _metrics(batch, o.side, out, taught, frozen)
+        one = jnp.float32(1)
+        return value, metrics | {"alpha": (alpha, one), "temperature": (temperature, one)}
+
+    return loss
+
+
+def _metrics(batch, side, out, taught, frozen) -> dict[str, Any]:
+    """Unweighted means as (sum, count): every number that compares across runs, whatever weighted the loss."""
+    mask = (batch[f"{side}_weights"] > 0).astype(jnp.float32)
+    count = jnp.sum(mask)
+    metrics = {
+        "ce": (jnp.sum(out.ce_BxL * mask), count),
+        "accuracy": (jnp.sum(mask * (out.prediction_BxL == batch[f"{side}_targets"])), count),
+    }
+    if side == "student":
+        size = frozen.specialty_weights_S.shape[0]
+        by_specialty = lambda x: jax.ops.segment_sum((x * mask).reshape(-1), batch["specialty"].reshape(-1), size)  # noqa: E731
+        metrics["ce_by_specialty"] = (by_specialty(out.ce_BxL), by_specialty(mask))
+    if taught is not None:
+        taught_count = jnp.sum(taught)
+        metrics |= {
+            "kl": (jnp.sum(out.kl_BxL * taught), taught_count),
+            "kl_at_1": (jnp.sum(out.kl1_BxL * taught), taught_count),
+            "taught": (taught_count, count),
+        }
+    return metrics
+
+
+def reduce(metrics: dict[str, Any]) -> dict[str, Any]:
+    """(sum, count) pairs to means; 0 where nothing was counted."""
+    return {name: total / jnp.maximum(count, 1e-6) for name, (total, count) in metrics.items()}

@@ -1,0 +1,51 @@
+"""The whole recipe: every stage in order, each skipped if what it would make is there already and still valid.
+
+    distil-jax run --config configs/tiny.py
+
+Ends with a table in the terminal, summary.json in the work directory and report/index.html.
+"""
+
+import sys
+import time
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from distil_jax import evaluate, export, prepare, project, report, train
+from distil_jax.metrics import is_first_process
+from distil_jax.workdir import Workdir
+
+
+def main(config: ConfigDict) -> dict[str, Any]:
+    """Runs what is not done; returns the summary."""
+    work = Workdir(config)
+    stages: list[tuple[str, Any]] = [("corpus", prepare.main)]
+    if work.teacher_is_trained():
+        stages.append(("teacher", lambda c: train.train(c, "teacher")))
+    stages.append(("projection", project.main))
+    stages += [(run, lambda c, run=run: train.train(c, run)) for run in config.runs]
+    stages += [("evaluate", evaluate.main), ("export", export.main), ("report", report.main)]
+    for number, (name, stage) in enumerate(stages, 1):
+        done = work.done(name) is not None
+        say(f"[{number}/{len(stages)}] {name}: " + ("done already" if done else f"writing {work / name}"))
+        started = time.monotonic()
+        stage(config)
+        if not done:
+            say(f"[{number}/{len(stages)}] {name}: {time.monotonic() - started:.1f} s")
+    summary = report.read_summary(work)
+    if is_first_process():
+        report.print_table(summary)
+        print(f"\nreport: {work / 'report' / 'index.html'}\nstudent: {summary['export']}", flush=True)
+    return summary
+
+
+def say(line: str) -> None:
+    """A line to the person who waits, from the first process."""
+    if is_first_process():
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    from distil_jax.cli import stage_main
+
+    sys.exit(stage_main(main))

@@ -1,0 +1,1 @@
+"""Exact byte tables of two tokenizers, the boundary walker between them, and packing."""

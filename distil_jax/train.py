@@ -1,0 +1,228 @@
+"""Stage 2: training. The tiny teacher, the controls and the distilled student go through this one loop.
+
+    distil-jax train --config configs/tiny.py
+
+Each run writes its folder: checkpoints/, metrics.jsonl (the truth about the run) and model/, a Hugging Face directory.
+A run that was stopped goes on from its newest whole checkpoint and ends with the numbers of an undisturbed one, because
+the batch is a function of the seed and the step.
+"""
+
+import itertools
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from distil_jax import learners, sharding
+from distil_jax.checkpoint import Checkpoints, on_sigterm
+from distil_jax.data.loader import Loader
+from distil_jax.errors import UserError
+from distil_jax.eval import likelihood
+from distil_jax.losses.schedules import learning_rate, schedule
+from distil_jax.losses.weights import parse_weights, specialty_weights
+from distil_jax.metrics import MetricsWriter, Progress, read_metrics
+from distil_jax.models import hub
+from distil_jax.objective import Frozen, Objective, make_loss
+from distil_jax.projection import Projection
+from distil_jax.step import init_state, make_optimizer, make_step
+from distil_jax.workdir import Workdir
+
+
+class Interrupted(SystemExit):
+    """The run was asked to stop (SIGTERM), has saved its state and can be started again."""
+
+
+class Run(NamedTuple):
+    """What distinguishes one training run from another."""
+
+    name: str
+    side: str  # whose tokens are learned
+    training: ConfigDict
+
+
+def main(config: ConfigDict) -> dict[str, Any]:
+    """Trains the teacher (if it is ours to train) and every student of config.runs; skips what is done."""
+    work = Workdir(config)
+    names = (("teacher",) if work.teacher_is_trained() else ()) + tuple(config.runs)
+    return {name: train(config, name) for name in names}
+
+
+def train(config: ConfigDict, name: str) -> dict[str, Any]:
+    """One run, "teacher", "control", "smoothing" or "distilled"; returns its manifest."""
+    work = Workdir(config)
+    if found := work.done(name):
+        return found
+    corpus = work.require("corpus")
+    stage = work.begin(name)
+
+    # ---- models -------------------------------------------------------------------------------------------------
+    mesh = learners.mesh_of(config)
+    with jax.set_mesh(mesh):
+        run = run_of(config, name)
+        model, params = learners.untrained(work, run.side, mesh)
+        tables = learners.tables_of(work)
+        objective, frozen = recipe(config, work, run, model, mesh, corpus, tables)
+
+        # ---- state --------------------------------------------------------------------------------------------------
+        t = run.training
+        rate = learning_rate(t.learning_rate, t.warmup, t.steps, t.end_fraction)
+        optimizer = make_optimizer(rate, weight_decay=t.weight_decay, clip=t.clip)
+        state = placed(jax.jit(init_state, static_argnums=1)(params, optimizer), optimizer, model, mesh)
+        parameters = sum(p.size for p in jax.tree.leaves(params))
+        del params
+        checkpoints = Checkpoints(stage.folder / "checkpoints", keep=2, save_every=t.checkpoint_every)
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        if restored := checkpoints.restore_latest(abstract):
+            _, state = restored
+        start = int(state["step"])
+
+        # ---- data ---------------------------------------------------------------------------------------------------
+        loader = Loader(
+            work / "corpus", corpus["shards"]["train"], t.batch_size, config.seed,
+            process_index=jax.process_index(), process_count=jax.process_count(),
+        )  # fmt: skip
+        curve = Curve(config, work, corpus, run.side, model, mesh, tables)
+        update = make_step(make_loss(objective), optimizer, rate)
+
+        # ---- loop: dispatch step n, then read what step n - 1 reported
+        # -------------------------------------------------
+        metrics = MetricsWriter(stage.folder / "metrics.jsonl", resume_step=start + 1 if start else 0)
+        names = corpus["specialties"]
+        with metrics, Progress(t.steps, name, start=start) as progress, on_sigterm() as stop:
+            if start == 0:
+                metrics.write(0, **curve(state["params"]))
+            pending = None
+            for done, batch in enumerate(itertools.islice(loader.iterate(start), t.steps - start), start + 1):
+                tokens = int((batch[f"{run.side}_segment_ids"] > 0).sum())
+                state, report = update(state, frozen, sharding.put_batch(batch, mesh))
+                if pending:
+                    log(metrics, progress, *pending, t, names, stage.folder)
+                pending = (done, report, tokens)
+                evaluates = done % t.evaluate_every == 0 or done == t.steps
+                saves = done % t.checkpoint_every == 0 or stop.requested
+                if evaluates or saves:  # what a checkpoint contains has to be in metrics.jsonl before it
+                    log(metrics, progress, *pending, t, names, stage.folder)
+                    pending = None
+                if evaluates:
+                    metrics.write(done, **curve(state["params"]))
+                if saves:
+                    checkpoints.save(done, state, force=stop.requested)
+                if stop.requested:
+                    checkpoints.close()
+                    raise Interrupted(f"{name}: stopped at step {done}, state saved; start it again to go on")
+        checkpoints.close()
+        if start == t.steps:  # it was finished, but stopped before it could say so
+            curve(state["params"])
+        tokenizer = learners.hf_tokenizer(work, run.side)
+        hub.save_pretrained(model, state["params"], stage.folder / "model", tokenizer=tokenizer)
+    return stage.finish(
+        steps=t.steps,
+        parameters=parameters,
+        skipped=int(state["skipped"]),
+        validation_bits_per_byte=curve.last,
+        loop_seconds=seconds_of(stage.folder / "metrics.jsonl"),
+        resumed_at=start,
+    )
+
+
+def run_of(config: ConfigDict, name: str) -> Run:
+    """The run of that name."""
+    if name == "teacher":
+        return Run(name, "teacher", config.teacher.training)
+    return Run(name, "student", config.student.training)
+
+
+def recipe(config, work, run, model, mesh, corpus, tables) -> tuple[Objective, Frozen]:
+    """What is optimised, and what it reads without learning it."""
+    o, t = config.objective, run.training
+    common = {"block": o.block, "compute_dtype": t.compute_dtype, "remat": t.remat, "mesh": mesh}
+    if run.side == "teacher":
+        return Objective(model, "teacher", **common), Frozen(jnp.ones(1))
+    names = corpus["specialties"]
+    weights = specialty_weights(
+        o.specialty_weighting, parse_weights(o.specialty_weights), names, corpus["supervised_tokens"]
+    )
+    smoothing = o.label_smoothing if run.name == "smoothing" else 0.0
+    if run.name != "distilled":
+        return Objective(model, label_smoothing=smoothing, **common), Frozen(jnp.asarray(weights))
+    work.require("projection")
+    teacher, teacher_params = learners.teacher(work, mesh, config.teacher.dtype)
+    projection = Projection.load(work / "projection", teacher=tables["teacher"], student=tables["student"])
+    objective = Objective(
+        model,
+        teacher=teacher,
+        alpha=schedule(o.alpha.kind, o.alpha.start, o.alpha.end, t.steps),
+        temperature=schedule(o.temperature.kind, o.temperature.start, o.temperature.end, t.steps),
+        **common,
+    )
+    return objective, Frozen(jnp.asarray(weights), teacher_params, projection.table())
+
+
+def placed(state: dict[str, Any], optimizer: optax.GradientTransformation, model: Any, mesh: Any) -> dict[str, Any]:
+    """Every array of the state on the mesh; optimiser moments lie as their parameters do."""
+    shardings, whole = sharding.param_shardings(model, mesh), sharding.replicated(mesh)
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer,
+        jax.device_put,
+        state["opt_state"],
+        shardings,
+        transform_non_params=lambda x: jax.device_put(x, whole),
+    )
+    rest = {k: jax.device_put(state[k], whole) for k in ("step", "skipped")}
+    return {"params": jax.device_put(state["params"], shardings), "opt_state": opt_state} | rest
+
+
+class Curve:
+    """Held-out bits per byte while training, on the first rows of the validation split."""
+
+    def __init__(self, config, work, corpus, side, model, mesh, tables):
+        size = config.evaluation.batch_size
+        loader = Loader(work / "corpus", corpus["shards"]["validation"], size, 0)
+        wanted = max(1, config.evaluation.curve_rows // size)
+        self._batches = [batch for batch, _ in zip(loader.sweep(size), range(wanted), strict=False)]
+        self._rows = {k: np.concatenate([b[k] for b in self._batches]) for k in self._batches[0]}
+        self._scorer = likelihood.make_scorer(model, side, block=config.objective.block, mesh=mesh)
+        self._side, self._mesh, self._lengths = side, mesh, tables[side].lengths
+        self.last = float("nan")
+
+    def __call__(self, params: Any) -> dict[str, float]:
+        nats = likelihood.sweep(self._scorer, params, self._batches, self._mesh)["nats"]
+        self.last = likelihood.bits_per_byte(nats, self._rows, self._side, self._lengths)
+        return {"validation_bits_per_byte": self.last}
+
+
+def log(metrics, progress, done, report, tokens, t, specialties, folder) -> None:
+    """Writes what step `done` reported, every t.log_every steps; stops the run after too many bad updates."""
+    skipped = int(report["skipped"])
+    if done % t.log_every == 0 or done in (1, t.steps):
+        values = {k: np.asarray(v).tolist() for k, v in report.items() if k != "ce_by_specialty"}
+        values["tokens"] = tokens
+        if "ce_by_specialty" in report:
+            by = np.asarray(report["ce_by_specialty"]).tolist()
+            values |= {f"ce/{name}": v for name, v in zip(specialties, by, strict=True) if v > 0}
+        metrics.write(done, **values)
+    shown = {k: report[k] for k in ("loss", "ce", "kl_at_1") if k in report}
+    progress.update(done, tokens=tokens, **shown)
+    if skipped > t.max_skipped:
+        raise UserError(
+            f"{folder}: {skipped} updates were not finite, the last by step {done} of seed's order; the loss is "
+            f"{float(report['loss'])}. Lower training.learning_rate, or look at the rows of that step; "
+            "metrics.jsonl has the history"
+        )
+
+
+def seconds_of(file: Any) -> float:
+    """Wall time between the first and the last line of metrics.jsonl, without the gaps of interruptions."""
+    times = [row["time"] for row in read_metrics(file)]
+    gaps = np.diff(times)
+    return round(float(np.minimum(gaps, 10 * max(np.median(gaps), 0.1)).sum()), 2) if len(gaps) else 0.0
+
+
+if __name__ == "__main__":
+    from distil_jax.cli import stage_main
+
+    sys.exit(stage_main(main))

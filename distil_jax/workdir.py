@@ -1,0 +1,143 @@
+"""The folder of a run: where each stage writes, and whether what stands there is still what the config asks for.
+
+    corpus/ tokenizers/   prepare       packed shards, documents, quarantine; both tokenizers
+    teacher/              train         the made or adapted teacher: checkpoints, metrics.jsonl, model/
+    projection/           project       W, its fit and its measures
+    control/ smoothing/ distilled/      train: a student each, as for the teacher
+    evaluate/ export/ report/ summary.json
+
+A stage's key is a hash of the config that it reads and of the keys of the stages it builds on. Its `manifest.json` is
+written last; a folder whose manifest carries the key is done and is not made again.
+"""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+import distil_jax
+from distil_jax import manifest
+from distil_jax.config import config_hash, flatten
+from distil_jax.errors import UserError
+from distil_jax.metrics import peak_memory_bytes
+
+STUDENT_RUNS = ("control", "smoothing", "distilled")
+# The config that each stage reads (dotted; a whole subtree or one key), and the stages that it builds on.
+READS: dict[str, tuple[str, ...]] = {
+    "corpus": ("data", "teacher.path", "teacher.vocab_size", "student.path", "student.vocab_size"),
+    "teacher": ("seed", "teacher.shape", "teacher.adapt", "teacher.training", "evaluation.curve_rows"),
+    "projection": ("seed", "projection", "evaluation.bootstrap"),
+    **{
+        run: ("seed", "student.shape", "student.training", "objective", "evaluation.curve_rows", "teacher.dtype")
+        for run in STUDENT_RUNS
+    },
+    "evaluate": ("evaluation", "runs"),
+    "export": ("export",),
+    "report": (),
+}
+COMMAND = {"corpus": "prepare", "projection": "project"}  # the command that makes a stage, where it has another name
+COMMAND |= dict.fromkeys(("teacher", *STUDENT_RUNS), "train")
+
+
+class Workdir:
+    """Paths and keys of one config."""
+
+    def __init__(self, config: ConfigDict):
+        self.config = config
+        self.root = Path(config.workdir)
+        unknown = [run for run in config.runs if run not in STUDENT_RUNS]
+        if unknown or "distilled" not in config.runs:
+            raise UserError(f"config.runs is {tuple(config.runs)}: any of {', '.join(STUDENT_RUNS)}, with distilled")
+
+    def __truediv__(self, name: str) -> Path:
+        return self.root / name
+
+    def teacher_is_trained(self) -> bool:
+        """Whether this run makes or adapts its teacher; otherwise the one at teacher.path is used as it is."""
+        return self.config.teacher.adapt or not self.config.teacher.path
+
+    def tokenizer(self, side: str) -> Path | str:
+        """Directory or hub id of a side's tokenizer: the model's own, or the one trained for the corpus."""
+        return self.config[side].path or self.root / "tokenizers" / side
+
+    def inputs(self, stage: str) -> tuple[str, ...]:
+        """The stages that `stage` builds on."""
+        teacher = ("teacher",) if self.teacher_is_trained() else ()
+        return {
+            "corpus": (),
+            "teacher": ("corpus",),
+            "projection": ("corpus", *teacher),
+            "control": ("corpus",),
+            "smoothing": ("corpus",),
+            "distilled": ("projection",),
+            "evaluate": ("projection", *self.config.runs),
+            "export": ("distilled",),
+            "report": ("evaluate", "export"),
+        }[stage]
+
+    def key(self, stage: str) -> str:
+        """What must not change for the folder of `stage` to stay valid."""
+        leaves = flatten(self.config)
+        config = {
+            k: v for k, v in leaves.items() if any(k == name or k.startswith(f"{name}.") for name in READS[stage])
+        }
+        facts = [self.key(other) for other in self.inputs(stage)]
+        if stage == "corpus":
+            facts += [_file_facts(name) for name in files_of(self.config)]
+        return config_hash(stage, distil_jax.__version__, config, facts)
+
+    def done(self, stage: str) -> dict[str, Any] | None:
+        """The manifest of a stage that is finished and still valid, else None."""
+        found = manifest.read(self.root / stage)
+        return found if found and found.get("key") == self.key(stage) else None
+
+    def require(self, stage: str) -> dict[str, Any]:
+        """The manifest of a stage that must be finished by now. Raises UserError otherwise."""
+        found = self.done(stage)
+        if found is None:
+            command = COMMAND.get(stage, stage)
+            raise UserError(
+                f"{self.root / stage} is missing or belongs to another config: run `distil-jax {command}` with this "
+                "config first, or `distil-jax run`, which does every stage in order"
+            )
+        return found
+
+    def begin(self, stage: str) -> "Stage":
+        """Starts a stage in its folder. What a run with another key left there is removed; what this key left (a run
+        that was interrupted) stays, to be resumed."""
+        folder = self.root / stage
+        mark = folder / "key"
+        key = self.key(stage)
+        if folder.exists() and not (mark.is_file() and mark.read_text() == key):
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.write_text(key)
+        return Stage(folder, key)
+
+
+class Stage:
+    """A stage under way; `finish` writes its manifest, which makes it done."""
+
+    def __init__(self, folder: Path, key: str):
+        self.folder, self.key, self.started = folder, key, time.monotonic()
+
+    def finish(self, **facts: Any) -> dict[str, Any]:
+        facts["seconds"] = round(time.monotonic() - self.started, 2)
+        facts["peak_memory_bytes"] = peak_memory_bytes()
+        manifest.write(self.folder, self.key, **facts)
+        return facts | {"key": self.key}
+
+
+def files_of(config: ConfigDict) -> list[str]:
+    """The user's data files, from the comma-separated `data.files`."""
+    return [name.strip() for name in config.data.files.split(",") if name.strip()]
+
+
+def _file_facts(name: str) -> tuple[str, int, int]:
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"config.data.files names {name}, which is not a file")
+    stat = path.stat()
+    return name, stat.st_size, stat.st_mtime_ns

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Makes .venv, installs with the tests' requirements, checks the code and runs the tests. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/setup_venv.sh
+
+setup_venv demo,test
+say "ruff check"
+.venv/bin/ruff check .
+say "pytest -q $*"
+exec .venv/bin/python -m pytest -q "$@"

@@ -1,0 +1,38 @@
+"""The ground under every test: CPU only, eight fake devices, no network, no silent broadcasting of ranks."""
+
+import os
+from pathlib import Path
+
+# XLA reads these once, when jax makes its first client, so they must stand before anything imports jax. Subprocesses
+# that tests start inherit them.
+os.environ["JAX_PLATFORMS"] = "cpu"
+_EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
+if _EIGHT_DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT_DEVICES}".strip()
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+# An accidental [B, L] + [L] is the likeliest silent bug here: make it an error.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def tokenizers_dir() -> Path:
+    """Folder with the real tokenizers, ``gemma3/`` and ``llama3/`` (tokenizer.json and tokenizer_config.json each).
+
+    They are too large and not ours to ship, so they are looked for in ``$DISTIL_JAX_TOKENIZERS``, then in
+    ``shared/tokenizers`` beside the checkout.
+    """
+    stated = os.environ.get("DISTIL_JAX_TOKENIZERS")
+    folder = Path(stated) if stated else PROJECT.parent / "shared" / "tokenizers"
+    missing = [name for name in ("gemma3", "llama3") if not (folder / name / "tokenizer.json").is_file()]
+    if missing:
+        pytest.skip(
+            f"no {' and '.join(missing)} tokenizer under {folder}: set DISTIL_JAX_TOKENIZERS to a folder that has them"
+        )
+    return folder

@@ -1,0 +1,435 @@
+"""Hugging Face directories: what is written loads elsewhere, what is read is checked, and bad input is named."""
+
+import json
+import logging
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import tokenizers
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+from distil_jax.errors import UserError
+from distil_jax.models import Gemma3, Llama, load_pretrained, model_from_config, save_pretrained
+from distil_jax.models.tensors import INDEX, SINGLE
+from distil_jax.sharding import make_mesh, param_shardings
+
+TINY = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
+CONFIGS = {
+    "gemma": TINY
+    | {"model_type": "gemma3_text", "num_hidden_layers": 7, "head_dim": 16, "sliding_window": 8}
+    | {"query_pre_attn_scalar": 24, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "eos_token_id": [1, 7]},
+    "llama": TINY
+    | {"model_type": "llama", "num_hidden_layers": 2, "rope_theta": 5e5, "max_position_embeddings": 256}
+    | {"rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+}
+
+
+def random_params(model, seed=0):
+    """Parameters far from their initial values, norms included."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(0.5 * (leaf.ndim < 3), 0.2, leaf.shape), leaf.dtype),
+        model.abstract_params(),
+    )
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def ours(request):
+    model = model_from_config(CONFIGS[request.param])
+    return model, random_params(model)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    model = model_from_config(CONFIGS["llama"])
+    return model, random_params(model)
+
+
+@pytest.fixture
+def llama_directory(llama, tmp_path):
+    return save_pretrained(*llama, tmp_path / "model")
+
+
+@pytest.fixture
+def gemma_directory(tmp_path):
+    model = model_from_config(CONFIGS["gemma"])
+    return save_pretrained(model, random_params(model), tmp_path / "gemma")
+
+
+def tokenizer_of(size: int) -> transformers.PreTrainedTokenizerFast:
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="w0", pad_token="w3", bos_token="w5", eos_token="w7"
+    )
+
+
+def edit_config(directory, **changes):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def assert_same(params, other):
+    """Bit for bit, in the same tree."""
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(other), strict=True):
+        assert a.dtype == b.dtype and np.array_equal(np.asarray(a), np.asarray(b))
+    assert jax.tree.structure(params) == jax.tree.structure(other)
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def test_transformers_loads_the_export_and_gives_the_same_logits(ours, tmp_path):
+    model, params = ours
+    save_pretrained(model, params, tmp_path / "model", tokenizer=tokenizer_of(60))
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    tokens = np.random.default_rng(0).integers(0, 64, (2, 30), dtype=np.int32)
+    with torch.no_grad():
+        logits = theirs(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(jax.jit(model.apply)(params, tokens), logits, atol=1e-4, rtol=0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert tokenizer.encode("w9 w11") == [9, 11]
+    # the tokenizer's ids, but Gemma's list of eos ids holds its eos already and stays
+    eos = [1, 7] if isinstance(model, Gemma3) else 7
+    for config in (theirs.config, theirs.generation_config):
+        assert (config.bos_token_id, config.pad_token_id, config.eos_token_id) == (5, 3, eos)
+
+
+def test_export_loads_back_bit_for_bit(ours, tmp_path):
+    model, params = ours
+    again, loaded = load_pretrained(save_pretrained(model, params, tmp_path / "model"))
+    assert again == model
+    assert_same(params, loaded)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    save_pretrained(model, half, tmp_path / "half")
+    assert_same(half, load_pretrained(tmp_path / "half", dtype="bfloat16")[1])
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    save_pretrained(model, params, tmp_path / "cast", dtype="bfloat16")
+    assert_same(half, load_pretrained(tmp_path / "cast", dtype="bfloat16")[1])
+
+
+def test_large_exports_are_cut_into_files_with_an_index(llama, tmp_path):
+    save_pretrained(*llama, tmp_path / "model", shard_bytes=20_000)
+    index = json.loads((tmp_path / "model" / INDEX).read_text())
+    files = sorted(path.name for path in (tmp_path / "model").glob("*.safetensors"))
+    assert files == sorted(set(index["weight_map"].values())) and len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert all(sum(t.nbytes for t in load_file(tmp_path / "model" / file).values()) <= 20_000 for file in files)
+    assert index["metadata"]["total_size"] == sum(leaf.nbytes for leaf in jax.tree.leaves(llama[1]))
+    assert_same(llama[1], load_pretrained(tmp_path / "model")[1])
+    _, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not report["missing_keys"]
+
+
+def test_a_failed_export_leaves_the_earlier_model_and_nothing_else(llama, tmp_path):
+    model, params = llama
+    save_pretrained(model, params, tmp_path / "model")
+
+    class Broken:
+        def __len__(self):
+            return 60
+
+        def save_pretrained(self, directory):
+            raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space left"):
+        save_pretrained(model, jax.tree.map(jnp.zeros_like, params), tmp_path / "model", tokenizer=Broken())
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert_same(params, load_pretrained(tmp_path / "model")[1])
+    other = random_params(model, seed=1)
+    save_pretrained(model, other, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert_same(other, load_pretrained(tmp_path / "model")[1])
+
+
+def test_export_does_not_replace_what_is_no_model(llama, tmp_path):
+    (tmp_path / "thesis.tex").write_text("three years of work")
+    with pytest.raises(UserError, match="no model directory"):
+        save_pretrained(*llama, tmp_path)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_tokenizer_larger_than_the_embedding_is_refused(llama, tmp_path):
+    with pytest.raises(UserError, match="65 ids.*64 rows"):
+        save_pretrained(*llama, tmp_path / "model", tokenizer=tokenizer_of(65))
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def test_parameters_land_in_their_shards(ours, tmp_path):
+    model, params = ours
+    save_pretrained(model, params, tmp_path / "model")
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    _, placed = load_pretrained(tmp_path / "model", mesh=mesh)
+    assert_same(params, placed)
+    jax.tree.map(
+        lambda leaf, want: leaf.sharding == want or pytest.fail(str(want)), placed, param_shardings(model, mesh)
+    )
+    assert placed["layers"]["mlp"]["up"].addressable_shards[0].data.shape == (model.config.num_hidden_layers, 16, 24)
+    assert_same(params, load_pretrained(save_pretrained(model, placed, tmp_path / "again"))[1])
+
+
+GEMMA_4B = {  # the fields of the released config.json, which leaves out what equals a default
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "eos_token_id": [1, 106],
+    "image_token_index": 262144,
+    "model_type": "gemma3",
+    "text_config": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "torch_dtype": "bfloat16",
+    "vision_config": {"hidden_size": 1152, "num_hidden_layers": 27},
+}
+
+
+def test_the_config_of_gemma_3_4b():
+    config = model_from_config(GEMMA_4B).config
+    assert (config.vocab_size, config.text_vocab_size) == (262208, 262144)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (8, 4, 256)
+    full = [i for i, kind in enumerate(config.layer_types) if kind == "full_attention"]
+    assert full == [5, 11, 17, 23, 29] and len(config.layer_types) == 34
+    assert config.eos_token_id == (1, 106) and config.tie_word_embeddings
+    rope = config.rope_parameters
+    assert (rope.full_attention.rope_theta, rope.full_attention.factor) == (1e6, 8.0)
+    assert (rope.sliding_attention.rope_theta, rope.sliding_attention.rope_type) == (1e4, "default")
+
+
+def test_the_parameter_count_of_llama_3_2_1b():
+    config = {
+        "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True,
+        "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16", "max_position_embeddings": 131072,
+        "rope_scaling": CONFIGS["llama"]["rope_scaling"] | {"original_max_position_embeddings": 8192},
+        "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009],
+    }  # fmt: skip
+    model = model_from_config(config)
+    assert sum(leaf.size for leaf in jax.tree.leaves(model.abstract_params())) == 1_235_814_400
+
+
+OLD_AND_NEW = {
+    "llama rope": (
+        {"model_type": "llama", "rope_theta": 7.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        {
+            "model_type": "llama",
+            "rope_parameters": {"rope_theta": 7.0, "rope_type": "linear", "factor": 2.0},
+        },
+    ),
+    "llama nulls": (
+        {"model_type": "llama", "rope_scaling": None, "head_dim": None, "num_key_value_heads": None},
+        {"model_type": "llama", "head_dim": 128, "num_key_value_heads": 32},
+    ),
+    "gemma rope": (
+        {
+            "model_type": "gemma3_text",
+            "rope_theta": 7.0,
+            "rope_local_base_freq": 5.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        },
+        {
+            "model_type": "gemma3_text",
+            "rope_parameters": {
+                "full_attention": {"rope_theta": 7.0, "rope_type": "linear", "factor": 2.0},
+                "sliding_attention": {"rope_theta": 5.0, "rope_type": "default"},
+            },
+        },
+    ),
+    "gemma layers": (
+        {"model_type": "gemma3_text", "num_hidden_layers": 4, "sliding_window_pattern": 2},
+        {
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OLD_AND_NEW)
+def test_old_and_new_spellings_are_one_config(name):
+    """And both are what transformers understands by them."""
+    old, new = OLD_AND_NEW[name]
+    assert model_from_config(old) == model_from_config(new)
+    theirs = transformers.AutoConfig.for_model(**old)
+    written = model_from_config(old).config.to_hf()
+    understood = {key: getattr(theirs, key) for key in written}
+    understood["rope_parameters"].pop("type", None)  # transformers keeps the oldest spelling beside the new
+    assert understood == written
+
+
+@pytest.mark.parametrize("text, head", [("language_model.model.", "language_model."), ("model.language_model.", "")])
+def test_the_text_tower_of_a_vision_file_is_read(gemma_directory, text, head):
+    model, params = load_pretrained(gemma_directory)
+    tensors = load_file(gemma_directory / SINGLE)
+    wrapped = {text + name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    outside = "model." if text.startswith("model.") else ""
+    wrapped[outside + "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"] = np.ones((3, 2), np.float32)
+    wrapped[outside + "multi_modal_projector.mm_input_projection_weight"] = np.ones((3, 2), np.float32)
+    wrapped[head + "lm_head.weight"] = tensors["model.embed_tokens.weight"]  # a duplicate of the tied embedding
+    save_file(wrapped, gemma_directory / SINGLE)
+    config = json.loads((gemma_directory / "config.json").read_text())
+    (gemma_directory / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": config}))
+    again, loaded = load_pretrained(gemma_directory)
+    assert again == model
+    assert_same(params, loaded)
+
+
+def test_the_wrapper_that_transformers_writes_is_read(tmp_path):
+    text = {k: v for k, v in CONFIGS["gemma"].items() if k != "model_type"} | {"num_hidden_layers": 2}
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28,
+                  patch_size=14)  # fmt: skip
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=63, eos_token_id=[1, 7]
+    )
+    torch.manual_seed(0)
+    theirs = transformers.Gemma3ForConditionalGeneration(config).eval()
+    theirs.save_pretrained(tmp_path)
+    model, params = load_pretrained(tmp_path)
+    tokens = np.random.default_rng(0).integers(10, 60, (1, 20), dtype=np.int32)
+    with torch.no_grad():
+        logits = theirs(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(jax.jit(model.apply)(params, tokens), logits, atol=1e-4, rtol=0)
+
+
+def test_a_tied_head_that_differs_is_used_as_transformers_does(gemma_directory, caplog):
+    tensors = load_file(gemma_directory / SINGLE)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + np.float32(0.5)
+    save_file(tensors, gemma_directory / SINGLE, metadata={"format": "pt"})
+    with caplog.at_level(logging.WARNING):
+        model, params = load_pretrained(gemma_directory)
+    assert "lm_head.weight" in caplog.text and not model.config.tie_word_embeddings
+    tokens = np.random.default_rng(0).integers(0, 64, (1, 12), dtype=np.int32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(gemma_directory)
+    with torch.no_grad():
+        logits = theirs(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(jax.jit(model.apply)(params, tokens), logits, atol=1e-4, rtol=0)
+
+
+def test_buffers_of_old_llama_files_are_passed_over(llama, llama_directory):
+    tensors = load_file(llama_directory / SINGLE)
+    tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    save_file(tensors, llama_directory / SINGLE)
+    assert_same(llama[1], load_pretrained(llama_directory)[1])
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+def rewrite(directory, change):
+    tensors = load_file(directory / SINGLE)
+    change(tensors)
+    save_file(tensors, directory / SINGLE)
+
+
+def without(name):
+    return lambda directory: rewrite(directory, lambda tensors: tensors.pop(name))
+
+
+def with_tensor(name, value):
+    return lambda directory: rewrite(directory, lambda tensors: tensors.update({name: value}))
+
+
+def truncated(directory):
+    whole = (directory / SINGLE).read_bytes()
+    (directory / SINGLE).write_bytes(whole[: len(whole) // 2])
+
+
+def git_lfs_pointer(directory):
+    (directory / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
+def only_a_pickle(directory):
+    class Trap:
+        def __reduce__(self):
+            return (pytest.fail, ("a pickle was opened",))
+
+    (directory / SINGLE).unlink()
+    (directory / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
+
+
+def index_to(weight_map):
+    def damage(directory):
+        (directory / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+    return damage
+
+
+DAMAGES = {
+    r"config\.json is missing": lambda directory: (directory / "config.json").unlink(),
+    r"config\.json is no valid JSON": lambda directory: (directory / "config.json").write_text("{"),
+    r"config\.json holds a list": lambda directory: (directory / "config.json").write_text("[]"),
+    r"model_type 'mamba'": lambda directory: edit_config(directory, model_type="mamba"),
+    r"attention_bias=True": lambda directory: edit_config(directory, attention_bias=True),
+    r"'model\.norm\.weight' is missing": without("model.norm.weight"),
+    r"'lm_head\.weight' is missing": without("lm_head.weight"),
+    r"'model\.layers\.1\.mlp\.up_proj\.weight' is missing": without("model.layers.1.mlp.up_proj.weight"),
+    r"safetensors: tensor 'model\.layers\.1\..*' has no place": lambda directory: edit_config(
+        directory, num_hidden_layers=1
+    ),
+    r"'model\.layers\.0\.self_attn\.q_proj\.bias' has no place": with_tensor(
+        "model.layers.0.self_attn.q_proj.bias", np.ones(32, np.float32)
+    ),
+    r"'model\.embed_tokens\.weight' has shape \[64, 32\], config\.json asks for \[80, 32\]": lambda directory: (
+        edit_config(directory, vocab_size=80)
+    ),
+    r"'model\.norm\.weight' is stored as I8": with_tensor("model.norm.weight", np.ones(32, np.int8)),
+    r"are the same tensor under two names": with_tensor("language_model.lm_head.weight", np.ones((64, 32), np.float32)),
+    r"model\.safetensors is no whole safetensors file": truncated,
+    r"Git LFS": git_lfs_pointer,
+    r"only as a pickle \(pytorch_model\.bin\)": only_a_pickle,
+    r"holds no model\.safetensors": lambda directory: (directory / SINGLE).unlink(),
+    r"names 'model-00002-of-00002\.safetensors'": index_to({"lm_head.weight": "model-00002-of-00002.safetensors"}),
+    r"names '\.\./model\.safetensors'": index_to({"lm_head.weight": "../model.safetensors"}),
+    r"tensor 'lm_tail\.weight' is listed": index_to({"lm_tail.weight": SINGLE}),
+    r"has no weight_map": index_to({}),
+}
+
+
+@pytest.mark.parametrize("named", DAMAGES)
+def test_a_directory_that_cannot_be_used_is_named(llama_directory, named):
+    DAMAGES[named](llama_directory)
+    with pytest.raises(UserError, match=named) as caught:
+        load_pretrained(llama_directory)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_path_that_is_no_directory_is_named(tmp_path):
+    with pytest.raises(UserError, match="no such directory"):
+        load_pretrained(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        load_pretrained(tmp_path / "file")
+    with pytest.raises(UserError, match="nobody/nothing: no local directory, and the hub did not give it"):
+        load_pretrained("nobody/nothing")  # offline, as all tests are
+
+
+def test_a_dtype_that_cannot_hold_weights_is_refused(llama_directory):
+    with pytest.raises(UserError, match="'int8' cannot hold weights"):
+        load_pretrained(llama_directory, dtype="int8")
+
+
+def test_every_tensor_of_the_file_is_written_as_it_lies_in_torch(llama, llama_directory):
+    """The name table both ways: the transpose is in the bytes, not in the strides."""
+    model, params = llama
+    tensors = safetensors.numpy.load_file(llama_directory / SINGLE)
+    attention = params["layers"]["attention"]
+    q = tensors["model.layers.1.self_attn.q_proj.weight"]
+    assert isinstance(model, Llama) and q[3 * 8 + 5, 7] == attention["q"][1, 7, 3, 5]  # [head * K + k, d]
+    o = tensors["model.layers.1.self_attn.o_proj.weight"]
+    assert o[7, 3 * 8 + 5] == attention["o"][1, 3, 5, 7]
+    down = tensors["model.layers.0.mlp.down_proj.weight"]
+    assert down[2, 9] == params["layers"]["mlp"]["down"][0, 9, 2]

@@ -1,0 +1,293 @@
+"""The walk through the whole house: text in, a distilled student out, on real medical definitions at toy size."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import distil_jax as dj
+from distil_jax import evaluate, learners, manifest, prepare, report, run, train
+from distil_jax.config import load_config, track_reads
+from distil_jax.data import hpo
+from distil_jax.data.sources import Quarantine
+from distil_jax.errors import UserError
+from distil_jax.metrics import read_metrics
+from distil_jax.workdir import Workdir
+
+PROJECT = Path(__file__).resolve().parent.parent
+SMALL = {
+    "data.student_length": 128,
+    "data.teacher_length": 128,
+    "data.rows_per_shard": 64,
+    "teacher.vocab_size": 640,
+    "student.vocab_size": 512,
+    "teacher.shape.hidden_size": 32,
+    "teacher.shape.intermediate_size": 48,
+    "teacher.shape.num_hidden_layers": 2,
+    "teacher.shape.head_dim": 16,
+    "student.shape.hidden_size": 16,
+    "student.shape.intermediate_size": 32,
+    "student.shape.num_hidden_layers": 1,
+    "student.shape.head_dim": 8,
+    **{
+        f"{side}.training.{key}": value
+        for side in ("teacher", "student")
+        for key, value in {"steps": 12, "warmup": 2, "log_every": 2, "evaluate_every": 6, "checkpoint_every": 4}.items()
+    },
+    "projection.fit_rows": 16,
+    "projection.fit_steps": 5,
+    "evaluation.bootstrap": 50,
+    "evaluation.curve_rows": 16,
+    "evaluation.batch_size": 8,
+    "evaluation.answers": 2,
+    "evaluation.answer_tokens": 4,
+}
+
+
+def config_of(workdir, files="", **overrides):
+    settings = SMALL | {"workdir": workdir, "data.files": files} | overrides
+    arguments = [f"--config.{key}={value}" for key, value in settings.items()]
+    return load_config(["--config", str(PROJECT / "configs" / "tiny.py"), *arguments])[0]
+
+
+@pytest.fixture(scope="session")
+def definitions(tmp_path_factory) -> Path:
+    """Four hundred real definitions as a user's JSONL file, with a few rows that cannot be used."""
+    folder = tmp_path_factory.mktemp("rows")
+    with Quarantine(folder / "quarantine.jsonl") as quarantine:
+        rows = hpo.load_corpus(quarantine).rows
+    file = folder / "definitions.jsonl"
+    with file.open("w", encoding="utf-8") as out:
+        for row in rows[:: len(rows) // 400]:
+            record = {"prompt": row.prompt, "completion": row.completion, "specialty": row.specialty}
+            out.write(json.dumps(record | {"source": "HPO", "licence": "HPO"}) + "\n")
+        out.write('{"prompt": "broken\n')
+        out.write(json.dumps({"prompt": "p", "completion": " the mark ▁ does not round-trip"}) + "\n")
+        out.write(json.dumps({"prompt": "p", "completion": " too long" * 400}) + "\n")
+        out.write(json.dumps({"prompt": "Say <bos> and <|eot_id|>", "completion": " <eos> stays text."}) + "\n")
+    return file
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, definitions):
+    """A whole run, with the config keys that nothing read."""
+    config = track_reads(config_of(tmp_path_factory.mktemp("run") / "work", definitions))
+    summary = run.main(config)
+    return config, summary, config.unread()
+
+
+def test_every_key_of_the_config_is_read(finished):
+    assert finished[2] == []
+
+
+def test_the_summary_says_what_was_promised(finished):
+    config, summary, _ = finished
+    assert summary == json.loads((Path(config.workdir) / "summary.json").read_text())
+    for name in ("teacher", "student_before", "control", "smoothing", "distilled"):
+        for key in ("bits_per_byte", "token_accuracy", "agreement_with_teacher", "parameters"):
+            assert summary[name][key] > 0 or (name == "student_before" and key != "parameters")
+    assert summary["teacher"]["agreement_with_teacher"] == 1
+    low, high = summary["difference"]["interval"]
+    assert low <= summary["difference"]["bits_per_byte"] <= high
+    paired = summary["control"]["bits_per_byte"] - summary["distilled"]["bits_per_byte"]
+    assert summary["difference"]["bits_per_byte"] == pytest.approx(paired)
+    assert 0 < summary["projection"]["ip_kl"] <= 1 + 1e-6 and len(summary["projection"]["ip_kl_interval"]) == 2
+    assert len(summary["projection"]["ip_bpb_interval"]) == 2
+    roles = [summary["alignment"][role] for role in ("root", "interior", "crossing")]
+    assert sum(roles) == pytest.approx(1, abs=1e-4)
+    assert set(summary["seconds"]) >= {"corpus", "teacher", "projection", "control", "distilled", "evaluate", "total"}
+    assert summary["peak_memory_bytes"] > 2**20
+    page = (Path(config.workdir) / "report" / "index.html").read_text()
+    assert "<svg" in page and "distilled" in page and "Research only" in page
+
+
+def test_unusable_rows_are_in_the_quarantine_and_counted(finished):
+    config, summary, _ = finished
+    lines = (Path(config.workdir) / "corpus" / "quarantine.jsonl").read_text().splitlines()
+    reasons = [json.loads(line)["reason"] for line in lines]
+    counts = summary["corpus"]["quarantined"]
+    assert {reason: reasons.count(reason) for reason in set(reasons)} == counts
+    assert counts["does not round-trip"] == 1 and counts["too long"] >= 1 and len(counts) == 3
+    used = sum(summary["corpus"]["rows"].values())
+    assert used + len(lines) == len(Path(config.data.files).read_text().splitlines())
+
+
+def test_the_export_loads_in_transformers_with_the_same_logits_and_text(finished):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config, summary, _ = finished
+    theirs = AutoModelForCausalLM.from_pretrained(summary["export"], dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(summary["export"])
+    work = Workdir(config)
+    model, params = learners.trained(work, "distilled", learners.mesh_of(config))
+    text = "Question: What is Ageusia?\nAnswer: A complete loss of taste, 100 %."
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    table = dj.ByteTable.from_tokenizer(summary["export"])
+    assert ids == table.encode(text).tolist()
+    assert tokenizer.decode(ids) == text
+    ours = np.asarray(model.apply(params, jnp.asarray(ids)[None]))[0]
+    with torch.no_grad():
+        np.testing.assert_allclose(theirs(torch.tensor([ids])).logits[0].numpy(), ours, atol=1e-4)
+        # Greedy text, from the beginning-of-sequence token on, as transformers writes it.
+        start = torch.tensor([[table.roles["bos"], *ids]])
+        out = theirs.generate(start, max_new_tokens=6, do_sample=False)[0, start.shape[1] :].tolist()
+    assert dj.generate(model, params, table, [text], max_new_tokens=6) == [
+        table.decode_bytes([i for i in out if table.is_text[i]]).decode(errors="replace")
+    ]
+
+
+def test_a_second_run_skips_everything_and_a_changed_key_remakes_only_what_reads_it(finished):
+    config, summary, _ = finished
+    work = Workdir(config)
+    before = {stage: (work / stage / "manifest.json").stat().st_mtime_ns for stage in STAGES}
+    assert run.main(config) == summary
+    assert before == {stage: (work / stage / "manifest.json").stat().st_mtime_ns for stage in STAGES}
+    changed = Workdir(config_of(config.workdir, config.data.files, **{"objective.alpha.start": 0.9}))
+    still = {stage for stage in STAGES if changed.done(stage)}
+    assert still == {"corpus", "teacher", "projection"}  # every student reads the objective
+
+
+STAGES = ("corpus", "teacher", "projection", "control", "smoothing", "distilled", "evaluate", "export", "report")
+
+
+def result_of(folder):
+    """What training left: every metrics line without its clock, and the weights' bytes."""
+    lines = [{k: v for k, v in m.items() if k != "time"} for m in read_metrics(folder / "metrics.jsonl")]
+    return lines, (folder / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="session")
+def corpus_only(finished, tmp_path_factory):
+    """Makes work folders that hold the finished stages before the students, for training runs of their own."""
+    import shutil
+
+    config, *_ = finished
+
+    def make(**overrides):
+        folder = tmp_path_factory.mktemp("again") / "work"
+        for stage in ("corpus", "tokenizers", "teacher", "projection"):
+            shutil.copytree(Path(config.workdir) / stage, folder / stage)
+        return config_of(folder, config.data.files, **overrides)
+
+    return make
+
+
+def test_the_same_seed_repeats_the_run_and_another_seed_does_not(finished, corpus_only):
+    config = corpus_only()
+    train.train(config, "distilled")
+    first, again = result_of(Path(finished[0].workdir) / "distilled"), result_of(Path(config.workdir) / "distilled")
+    assert first == again
+    other = corpus_only(seed=1)
+    with pytest.raises(UserError, match="run `distil-jax"):
+        train.train(other, "distilled")  # the teacher and W belong to seed 0
+    train.train(other, "control")
+    control = Path(finished[0].workdir) / "control"
+    assert result_of(Path(other.workdir) / "control")[1] != result_of(control)[1]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_was_killed_ends_with_the_numbers_of_an_undisturbed_one(finished, corpus_only, how):
+    """A real process, stopped in the middle, then the same command again."""
+    config = corpus_only()
+    arguments = [f"--config.{key}={value}" for key, value in SMALL.items()]
+    arguments += [f"--config.workdir={config.workdir}", f"--config.data.files={config.data.files}"]
+    code = (
+        "import sys; from distil_jax.config import load_config; from distil_jax import train, step; import time\n"
+        "make = step.make_step\n"
+        "def slow(*a):\n"
+        "    f = make(*a)\n"
+        "    return lambda *b: (time.sleep(0.3), f(*b))[1]\n"
+        "train.make_step = slow\n"
+        "train.train(load_config(sys.argv[1:])[0], 'distilled')"
+    )
+    tiny = str(PROJECT / "configs" / "tiny.py")
+    process = subprocess.Popen([sys.executable, "-c", code, "--config", tiny, *arguments], cwd=PROJECT)
+    metrics = Path(config.workdir) / "distilled" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and '"step": 6' in metrics.read_text():
+            break
+        time.sleep(0.05)
+    assert process.poll() is None, "the run ended before it could be stopped"
+    os.kill(process.pid, how)
+    process.wait(timeout=120)
+    assert manifest.read(Path(config.workdir) / "distilled") is None
+    facts = train.train(config, "distilled")
+    assert 4 <= facts["resumed_at"] < 12
+    assert result_of(Path(config.workdir) / "distilled") == result_of(Path(finished[0].workdir) / "distilled")
+
+
+def test_a_stage_without_its_inputs_says_which_command_makes_them(tmp_path, definitions):
+    config = config_of(tmp_path / "work", definitions)
+    for stage in (lambda: train.train(config, "control"), lambda: evaluate.main(config), lambda: report.main(config)):
+        with pytest.raises(UserError, match="run `distil-jax prepare`|run `distil-jax"):
+            stage()
+
+
+def test_a_teacher_and_a_student_of_ones_own(finished, definitions, tmp_path):
+    """Local Hugging Face directories with their own tokenizers: nothing is trained but the student."""
+    config, *_ = finished
+    work = Workdir(config)
+    paths = {"teacher.path": work / "teacher" / "model", "student.path": work / "control" / "model"}
+    mine = config_of(tmp_path / "work", definitions, **paths, runs="control,distilled")
+    summary = run.main(mine)
+    assert not (tmp_path / "work" / "teacher").exists() and not (tmp_path / "work" / "tokenizers").exists()
+    assert summary["teacher"]["bits_per_byte"] == pytest.approx(finished[1]["teacher"]["bits_per_byte"], rel=1e-5)
+    # The untouched student is the checkpoint that was brought.
+    before = summary["student_before"]["bits_per_byte"]
+    assert before == pytest.approx(finished[1]["control"]["bits_per_byte"], rel=1e-5)
+    assert "smoothing" not in summary
+
+
+def test_the_public_corpus_goes_the_same_way(tmp_path):
+    config = config_of(tmp_path / "work")
+    with Quarantine(tmp_path / "q.jsonl") as quarantine:
+        rows, provenance = prepare.read_rows(config, quarantine)
+    assert len(rows) > 15_000 and len({row.specialty for row in rows}) >= 23
+    assert "Human Phenotype Ontology" in provenance["acknowledgement"] and provenance["version"]
+
+
+def bad(tmp_path, definitions, **overrides):
+    with pytest.raises(UserError) as error:
+        prepare.main(config_of(tmp_path / "work", definitions, **overrides))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_bad_input_is_one_line_that_names_it(tmp_path, definitions):
+    assert "nowhere.jsonl" in bad(tmp_path, tmp_path / "nowhere.jsonl")
+    wrong = tmp_path / "wrong.jsonl"
+    wrong.write_text('{"promt": "a", "completion": "b"}\n')
+    assert "wrong.jsonl" in bad(tmp_path, wrong) and "prompt" in bad(tmp_path, wrong)
+    few = tmp_path / "few.jsonl"
+    few.write_text('{"text": "a single row", "split": "train"}\n')
+    assert "validation split is empty" in bad(tmp_path, few)
+    assert "tokenizer" in bad(tmp_path, definitions, **{"teacher.path": tmp_path})
+    assert "student_length" in bad(tmp_path, definitions, **{"data.student_length": 4, "data.teacher_length": 4})
+    with pytest.raises(UserError, match="control, smoothing, distilled"):
+        Workdir(config_of(tmp_path / "work", definitions, runs="control"))
+
+
+def test_prompts_that_cannot_be_continued_are_refused(finished):
+    config, *_ = finished
+    model, params = learners.trained(Workdir(config), "control", learners.mesh_of(config))
+    table = dj.ByteTable.from_tokenizer(Workdir(config) / "control" / "model")
+    with pytest.raises(UserError, match="no prompt"):
+        dj.generate(model, params, table, [])
+    with pytest.raises(UserError, match="context"):
+        dj.generate(model, params, table, ["a"], max_new_tokens=5000)
+    # Prompts of different lengths do not disturb each other.
+    both = dj.generate(
+        model, params, table, ["Question: What", "Question: What is Ageusia?\nAnswer:"], max_new_tokens=5
+    )
+    assert both[0] == dj.generate(model, params, table, ["Question: What"], max_new_tokens=5)[0]
+    assert len(jax.devices()) == 8
