@@ -1,5 +1,6 @@
 """The models of a run: made from a shape or read from a path, before and after training."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,22 +22,28 @@ def mesh_of(config: ConfigDict) -> Mesh:
     return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
 
+def tokenizer_directory(work: Workdir, side: str) -> Path:
+    """Where a side's tokenizer lies: with the model that was brought, else with the corpus it was trained for."""
+    path = work.config[side].path
+    return hub.resolve(path) if path else work / "tokenizers" / side
+
+
 def tables_of(work: Workdir) -> dict[str, ByteTable]:
     """The byte tables of both tokenizers."""
-    return {side: ByteTable.from_tokenizer(work.tokenizer(side)) for side in ("teacher", "student")}
+    return {side: ByteTable.from_tokenizer(tokenizer_directory(work, side)) for side in ("teacher", "student")}
 
 
 def hf_tokenizer(work: Workdir, side: str) -> Any:
     """The side's tokenizer as transformers loads it, to be saved beside a model."""
     from transformers import AutoTokenizer  # slow to import, and only the end of a stage needs it
 
-    return AutoTokenizer.from_pretrained(work.tokenizer(side))
+    return AutoTokenizer.from_pretrained(tokenizer_directory(work, side))
 
 
 def untrained(work: Workdir, side: str, mesh: Mesh, dtype: str = "float32") -> tuple[Any, Any]:
     """(model, params) before any training of ours: the checkpoint at `path`, or random weights of `shape`."""
     part = work.config[side]
-    table = ByteTable.from_tokenizer(work.tokenizer(side))
+    table = ByteTable.from_tokenizer(tokenizer_directory(work, side))
     if part.path:
         model, params = hub.load_pretrained(part.path, dtype=dtype, mesh=mesh)
         largest = max(int(np.flatnonzero(table.is_text).max()), *table.roles.values())

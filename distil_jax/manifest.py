@@ -41,9 +41,3 @@ def read(folder: str | os.PathLike) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
         return None
     return manifest if isinstance(manifest, dict) and isinstance(manifest.get("key"), str) else None
-
-
-def is_valid(folder: str | os.PathLike, key: str) -> bool:
-    """Whether the stage that would write `folder` with this `key` has already done so."""
-    manifest = read(folder)
-    return manifest is not None and manifest["key"] == key

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from distil_jax import learners
 from distil_jax.data import hpo, sources
 from distil_jax.data.loader import write_shards
 from distil_jax.data.sources import Quarantine, Row
 from distil_jax.data.train_tokenizers import train_gemma_style, train_llama_style
 from distil_jax.errors import UserError
+from distil_jax.models import hub
 from distil_jax.tokens import align
 from distil_jax.tokens.align import NONE, Alignment
 from distil_jax.tokens.bytes import ByteTable, RoundTripError
@@ -87,8 +89,10 @@ def read_rows(config: ConfigDict, quarantine: Quarantine) -> tuple[list[Row], di
 
 def tokenizer_of(work: Workdir, side: str, texts: Sequence[str]) -> ByteTable:
     """The byte table of the side's tokenizer; a side without a model path gets one trained on `texts`."""
-    where = work.tokenizer(side)
-    if not work.config[side].path:
+    where = learners.tokenizer_directory(work, side)
+    if work.config[side].path:
+        hub.load_model(where)  # a model that we do not have should be refused now, not after the corpus is made
+    else:
         TRAIN_TOKENIZER[side](texts, work.config[side].vocab_size, where)
     return ByteTable.from_tokenizer(where)
 

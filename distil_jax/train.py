@@ -8,6 +8,7 @@ the batch is a function of the seed and the step.
 """
 
 import itertools
+import signal
 import sys
 from typing import Any, NamedTuple
 
@@ -30,10 +31,6 @@ from distil_jax.objective import Frozen, Objective, make_loss
 from distil_jax.projection import Projection
 from distil_jax.step import init_state, make_optimizer, make_step
 from distil_jax.workdir import Workdir
-
-
-class Interrupted(SystemExit):
-    """The run was asked to stop (SIGTERM), has saved its state and can be started again."""
 
 
 class Run(NamedTuple):
@@ -113,7 +110,8 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
                     checkpoints.save(done, state, force=stop.requested)
                 if stop.requested:
                     checkpoints.close()
-                    raise Interrupted(f"{name}: stopped at step {done}, state saved; start it again to go on")
+                    print(f"{name}: stopped at step {done}, state saved; start it again to go on", file=sys.stderr)
+                    raise SystemExit(128 + signal.SIGTERM)
         checkpoints.close()
         if start == t.steps:  # it was finished, but stopped before it could say so
             curve(state["params"])

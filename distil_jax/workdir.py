@@ -58,10 +58,6 @@ class Workdir:
         """Whether this run makes or adapts its teacher; otherwise the one at teacher.path is used as it is."""
         return self.config.teacher.adapt or not self.config.teacher.path
 
-    def tokenizer(self, side: str) -> Path | str:
-        """Directory or hub id of a side's tokenizer: the model's own, or the one trained for the corpus."""
-        return self.config[side].path or self.root / "tokenizers" / side
-
     def inputs(self, stage: str) -> tuple[str, ...]:
         """The stages that `stage` builds on."""
         teacher = ("teacher",) if self.teacher_is_trained() else ()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import distil_jax as dj
-from distil_jax import evaluate, learners, manifest, prepare, report, run, train
+from distil_jax import evaluate, export, learners, manifest, prepare, report, run, train
 from distil_jax.config import load_config, track_reads
 from distil_jax.data import hpo
 from distil_jax.data.sources import Quarantine
@@ -42,6 +42,8 @@ SMALL = {
         for side in ("teacher", "student")
         for key, value in {"steps": 12, "warmup": 2, "log_every": 2, "evaluate_every": 6, "checkpoint_every": 4}.items()
     },
+    "objective.temperature.kind": "exponential",
+    "objective.temperature.start": 2.0,
     "projection.fit_rows": 16,
     "projection.fit_steps": 5,
     "evaluation.bootstrap": 50,
@@ -143,6 +145,16 @@ def test_the_export_loads_in_transformers_with_the_same_logits_and_text(finished
     assert dj.generate(model, params, table, [text], max_new_tokens=6) == [
         table.decode_bytes([i for i in out if table.is_text[i]]).decode(errors="replace")
     ]
+
+
+def test_an_export_that_does_not_read_back_is_refused(finished):
+    config, summary, _ = finished
+    work, texts = Workdir(config), ["Question: What is Ageusia?\nAnswer:"]
+    model, params = learners.trained(work, "distilled", learners.mesh_of(config))
+    assert export.verify(model, params, Path(summary["export"]), texts, "float32") == 0
+    other = params | {"embedding": params["embedding"].at[3, 3].add(1e-3)}
+    with pytest.raises(UserError, match="embedding.* does not read back"):
+        export.verify(model, other, Path(summary["export"]), texts, "float32")
 
 
 def test_a_second_run_skips_everything_and_a_changed_key_remakes_only_what_reads_it(finished):
@@ -271,7 +283,14 @@ def test_bad_input_is_one_line_that_names_it(tmp_path, definitions):
     few = tmp_path / "few.jsonl"
     few.write_text('{"text": "a single row", "split": "train"}\n')
     assert "validation split is empty" in bad(tmp_path, few)
-    assert "tokenizer" in bad(tmp_path, definitions, **{"teacher.path": tmp_path})
+    folder = tmp_path / "model"
+    folder.mkdir()
+    assert "config.json is missing" in bad(tmp_path, definitions, **{"teacher.path": folder})
+    (folder / "config.json").write_text('{"model_type": "mamba"}')
+    assert "mamba" in bad(tmp_path, definitions, **{"teacher.path": folder})
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    assert "tokenizer" in bad(tmp_path, definitions, **{"teacher.path": folder})
+    assert "nowhere" in bad(tmp_path, definitions, **{"student.path": tmp_path / "nowhere"})
     assert "student_length" in bad(tmp_path, definitions, **{"data.student_length": 4, "data.teacher_length": 4})
     with pytest.raises(UserError, match="control, smoothing, distilled"):
         Workdir(config_of(tmp_path / "work", definitions, runs="control"))

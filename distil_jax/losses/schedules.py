@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
@@ -45,8 +44,3 @@ def learning_rate(peak: float, warmup: int, steps: int, end_fraction: float) -> 
     """Linear warm-up to `peak`, then a cosine down to `peak * end_fraction` at `steps`."""
     warmup = min(warmup, max(steps - 1, 0))
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, 1), peak * end_fraction)
-
-
-def current(schedules: dict[str, Schedule], step: jax.Array | int) -> dict[str, jax.Array]:
-    """Every schedule's value at `step`, by name."""
-    return {name: value(step) for name, value in schedules.items()}

@@ -53,6 +53,12 @@ def model_from_config(config: Mapping | DecoderConfig) -> Model:
     return model(dataclass.from_hf(config))
 
 
+def load_model(path_or_id: str | os.PathLike) -> Model:
+    """The model that a directory (or hub id) describes, without its weights. Raises UserError as `load_pretrained`."""
+    directory = resolve(path_or_id)
+    return model_from_config(read_json(directory / "config.json", "a model directory needs it, fetch it too"))
+
+
 def load_pretrained(path_or_id: str | os.PathLike, dtype="float32", mesh=None) -> tuple[Model, Params]:
     """Reads a model from a local directory or, by "owner/name", from the Hugging Face hub.
 
@@ -61,8 +67,8 @@ def load_pretrained(path_or_id: str | os.PathLike, dtype="float32", mesh=None) -
     Returns (model, params). Raises UserError if the directory, its config or a tensor cannot be used, naming it.
     """
     dtype = _float_dtype(dtype)
-    directory = _resolve(path_or_id)
-    model = model_from_config(read_json(directory / "config.json", "a model directory needs it, fetch it too"))
+    directory = resolve(path_or_id)
+    model = load_model(directory)
     with TensorFiles(directory) as files:
         model = _settle_head(model, files)
         files.check(
@@ -90,10 +96,11 @@ def save_pretrained(
     target = Path(directory).expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())) and not (target / "config.json").is_file():
         raise UserError(f"{target} exists and is no model directory; choose another name or remove it")
-    if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
+    # Not len(tokenizer): Gemma's has an image token beyond the rows of the text models.
+    if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
-            f"{target}: the tokenizer has {len(tokenizer)} ids, the model only {model.config.vocab_size} rows; save "
-            "the tokenizer that the model was trained with"
+            f"{target}: the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size} rows; "
+            "save the tokenizer that the model was trained with"
         )
     dtype = _float_dtype(dtype or params["embedding"].dtype)
     tensors = _hf_tensors(model, params, dtype)
@@ -131,7 +138,7 @@ def _float_dtype(dtype) -> np.dtype:
     return jnp.dtype(name)
 
 
-def _resolve(path_or_id: str | os.PathLike) -> Path:
+def resolve(path_or_id: str | os.PathLike) -> Path:
     """The local directory of a model, downloaded if it is a hub id."""
     path, name = Path(path_or_id).expanduser(), os.fspath(path_or_id)
     if path.is_dir():
