@@ -85,8 +85,7 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
         curve = Curve(config, work, corpus, run.side, model, mesh, tables)
         update = make_step(make_loss(objective), optimizer, rate)
 
-        # ---- loop: dispatch step n, then read what step n - 1 reported
-        # -------------------------------------------------
+        # ---- loop: dispatch step n, then read what step n - 1 reported ----------------------------------------------
         metrics = MetricsWriter(stage.folder / "metrics.jsonl", resume_step=start + 1 if start else 0)
         names = corpus["specialties"]
         with metrics, Progress(t.steps, name, start=start) as progress, on_sigterm() as stop:
@@ -98,7 +97,7 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
                 state, report = update(state, frozen, sharding.put_batch(batch, mesh))
                 if pending:
                     log(metrics, progress, *pending, t, names, stage.folder)
-                pending = (done, report, tokens)
+                pending = (done, report, tokens, batch["document"])
                 evaluates = done % t.evaluate_every == 0 or done == t.steps
                 saves = done % t.checkpoint_every == 0 or stop.requested
                 if evaluates or saves:  # what a checkpoint contains has to be in metrics.jsonl before it
@@ -193,7 +192,7 @@ class Curve:
         return {"validation_bits_per_byte": self.last}
 
 
-def log(metrics, progress, done, report, tokens, t, specialties, folder) -> None:
+def log(metrics, progress, done, report, tokens, documents, t, specialties, folder) -> None:
     """Writes what step `done` reported, every t.log_every steps; stops the run after too many bad updates."""
     skipped = int(report["skipped"])
     if done % t.log_every == 0 or done in (1, t.steps):
@@ -206,10 +205,11 @@ def log(metrics, progress, done, report, tokens, t, specialties, folder) -> None
     shown = {k: report[k] for k in ("loss", "ce", "kl_at_1") if k in report}
     progress.update(done, tokens=tokens, **shown)
     if skipped > t.max_skipped:
+        some = ", ".join(map(str, np.unique(documents)[:20]))
         raise UserError(
-            f"{folder}: {skipped} updates were not finite, the last by step {done} of seed's order; the loss is "
-            f"{float(report['loss'])}. Lower training.learning_rate, or look at the rows of that step; "
-            "metrics.jsonl has the history"
+            f"{folder}: {skipped} updates were not finite, the last by step {done}, whose batch holds documents {some} "
+            "of the train split (at most 20 are named). Lower training.learning_rate, or look at "
+            "those rows; metrics.jsonl has the history"
         )
 
 

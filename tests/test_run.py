@@ -238,6 +238,14 @@ def test_a_run_that_was_killed_ends_with_the_numbers_of_an_undisturbed_one(finis
     assert result_of(Path(config.workdir) / "distilled") == result_of(Path(finished[0].workdir) / "distilled")
 
 
+def test_too_many_updates_that_are_not_finite_end_the_run_and_name_the_rows(corpus_only):
+    config = corpus_only(**{"student.training.learning_rate": 1e38, "student.training.max_skipped": 2})
+    with pytest.raises(
+        UserError, match=r"3 updates were not finite, the last by step \d+, whose batch holds documents \d+,"
+    ):
+        train.train(config, "control")
+
+
 def test_a_stage_without_its_inputs_says_which_command_makes_them(tmp_path, definitions):
     config = config_of(tmp_path / "work", definitions)
     for stage in (lambda: train.train(config, "control"), lambda: evaluate.main(config), lambda: report.main(config)):
