@@ -78,7 +78,7 @@ def get_config() -> ConfigDict:
     # sum_n w_n (alpha_n CE_n + (1 - alpha_n) tau^2 KL_n) / sum_n w_n
     c.objective = ConfigDict()
     c.objective.alpha = schedule("constant", 0.5, 0.5)  # share of cross-entropy where the teacher has something to say
-    # The paper: schedule("exponential", 8.0, 1.0). Here every start above 1 cost bits (docs/tiny_corpus.md).
+    # The paper: schedule("exponential", 8.0, 1.0). Here every start above 1 cost bits (docs/results.md).
     c.objective.temperature = schedule("constant", 1.0, 1.0)
     c.objective.specialty_weighting = "given"  # or "inverse_frequency"
     c.objective.specialty_weights = ""  # "cardiology=1.2,radiology=1.0"; 1 where a specialty is not named

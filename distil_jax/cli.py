@@ -28,7 +28,7 @@ from distil_jax.errors import UserError, nearest
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("distil_jax.run:main", "every stage in order; skips what is there and still valid"),
     "prepare": ("distil_jax.prepare:main", "text to tokenizers, aligned and packed shards"),
-    "train": ("distil_jax.train:main", "train the teacher, the controls and the distilled student"),
+    "train": ("distil_jax.train:main", "train teacher and controls; once `project` has run, the distilled student"),
     "project": ("distil_jax.project:main", "build, fit and measure the vocabulary projection"),
     "evaluate": ("distil_jax.evaluate:main", "held-out bits per byte, accuracy and agreement of every model"),
     "export": ("distil_jax.export:main", "the distilled student as a Hugging Face directory"),

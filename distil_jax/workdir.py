@@ -102,12 +102,18 @@ class Workdir:
 
     def begin(self, stage: str) -> "Stage":
         """Starts a stage in its folder. What a run with another key left there is removed; what this key left (a run
-        that was interrupted) stays, to be resumed."""
+        that was interrupted) stays, to be resumed.
+
+        Raises UserError if the folder holds something that no stage wrote.
+        """
         folder = self.root / stage
         mark = folder / "key"
         key = self.key(stage)
-        if folder.exists() and not (mark.is_file() and mark.read_text() == key):
-            shutil.rmtree(folder)
+        if folder.exists() and any(folder.iterdir()):
+            if not mark.is_file():
+                raise UserError(f"{folder} holds files that are not ours: set config.workdir to another folder")
+            if mark.read_text() != key:
+                shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         mark.write_text(key)
         return Stage(folder, key)

@@ -20,6 +20,8 @@ from distil_jax.data import hpo
 from distil_jax.data.sources import Quarantine
 from distil_jax.errors import UserError
 from distil_jax.metrics import read_metrics
+from distil_jax.projection import Projection
+from distil_jax.tokens.align import ROOT, align_ids
 from distil_jax.workdir import Workdir
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -109,6 +111,45 @@ def test_the_summary_says_what_was_promised(finished):
     assert summary["peak_memory_bytes"] > 2**20
     page = (Path(config.workdir) / "report" / "index.html").read_text()
     assert "<svg" in page and "distilled" in page and "Research only" in page
+
+
+@pytest.mark.parametrize("name", ["teacher", "distilled"])
+def test_the_measures_are_those_of_unpacked_documents(finished, name):
+    """Every held-out document by itself, with whole logits: no packing, no streamed head, no shards."""
+    config, summary, _ = finished
+    work = Workdir(config)
+    mesh, tables = learners.mesh_of(config), learners.tables_of(work)
+    side = "teacher" if name == "teacher" else "student"
+    models = {"teacher": learners.trained(work, "teacher", mesh), "student": learners.trained(work, "distilled", mesh)}
+    applied = {s: jax.jit(model.apply) for s, (model, _) in models.items()}
+    first_piece = Projection.load(work / "projection", **tables).best()
+    documents = map(json.loads, (work / "corpus" / "documents.jsonl").read_text().splitlines())
+    totals = np.zeros(4)  # bits, root positions, right, agreeing
+    size = 0
+    for d in (d for d in documents if d["split"] == "test"):
+        ids, start, log_p = {}, {}, {}
+        for s, table in tables.items():
+            prompt, completion = table.encode_batch([d["prompt"], d["completion"]])
+            ids[s], start[s] = np.concatenate([prompt, completion]), len(prompt)
+            padded = np.zeros((1, 128), np.int32)
+            padded[0, : 1 + len(ids[s])] = [table.roles["bos"], *ids[s]]
+            log_p[s] = np.asarray(jax.nn.log_softmax(applied[s](models[s][1], padded)[0]))[: len(ids[s])]
+        own = np.arange(start[side], len(ids[side]))
+        totals[0] -= log_p[side][own, ids[side][own]].sum() / np.log(2)
+        size += len(d["completion"].encode())
+        a = align_ids(ids["student"], ids["teacher"], tables["student"], tables["teacher"])
+        roots = np.flatnonzero((a.role == ROOT) & (np.arange(len(a.role)) >= start["student"]))
+        says = {
+            "student": log_p["student"][roots].argmax(1),
+            "teacher": log_p["teacher"][a.teacher_index[roots]].argmax(1),
+        }
+        true = {"student": ids["student"][roots], "teacher": ids["teacher"][a.teacher_index[roots]]}
+        agree = says["student"] == first_piece[says["teacher"]] if side == "student" else np.ones(len(roots))
+        totals[1:] += len(roots), (says[side] == true[side]).sum(), agree.sum()
+    got = summary[name]
+    assert got["bits_per_byte"] == pytest.approx(totals[0] / size, rel=1e-4)
+    assert got["token_accuracy"] == pytest.approx(totals[2] / totals[1], abs=0.005)
+    assert got["agreement_with_teacher"] == pytest.approx(totals[3] / totals[1], abs=0.005)
 
 
 def test_unusable_rows_are_in_the_quarantine_and_counted(finished):
@@ -244,6 +285,14 @@ def test_too_many_updates_that_are_not_finite_end_the_run_and_name_the_rows(corp
         UserError, match=r"3 updates were not finite, the last by step \d+, whose batch holds documents \d+,"
     ):
         train.train(config, "control")
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(tmp_path, definitions):
+    theirs = tmp_path / "work" / "corpus" / "thesis.txt"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("years of work")
+    assert "not ours" in bad(tmp_path, definitions)
+    assert theirs.read_text() == "years of work"
 
 
 def test_a_stage_without_its_inputs_says_which_command_makes_them(tmp_path, definitions):
