@@ -97,7 +97,7 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
                 state, report = update(state, frozen, sharding.put_batch(batch, mesh))
                 if pending:
                     log(metrics, progress, *pending, t, names, stage.folder)
-                pending = (done, report, tokens, batch["document"])
+                pending = (done, report, tokens, batch["document"][batch["student_segment_ids"] > 0])
                 evaluates = done % t.evaluate_every == 0 or done == t.steps
                 saves = done % t.checkpoint_every == 0 or stop.requested
                 if evaluates or saves:  # what a checkpoint contains has to be in metrics.jsonl before it
