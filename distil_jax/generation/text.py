@@ -54,6 +54,7 @@ def complete(
     sampling: Sampling = GREEDY,
     chat: bool = False,
     batch_size: int = 8,
+    first_place: int = 0,
 ) -> list[Completion]:
     """Continues each prompt up to a stop id of the model's config or `max_new_tokens`.
 
@@ -61,6 +62,7 @@ def complete(
     token's name in them stays text) after the beginning-of-sequence token if the vocabulary has one; with `chat`, and
     for conversations, the tokenizer's chat template renders them, and the end of a turn stops the answer too.
     Prompts of like length are batched together, `batch_size` at a time; a mesh that the parameters lie on is used.
+    Random draws depend on the seed and on a prompt's place, counted from `first_place`.
 
     Raises UserError for no prompt, an empty one, one that leaves no room in the model's context, and a chat without a
     template.
@@ -75,7 +77,7 @@ def complete(
         stopped = [False] * len(places)
         for tokens_B in engine.steps(
             model, params, [encoded[i] for i in places], max_new_tokens=max_new_tokens, sampling=sampling,
-            text_vocab=text_vocab(model, table), places=places,
+            text_vocab=text_vocab(model, table), places=[first_place + i for i in places],
         ):  # fmt: skip
             for row, token in enumerate(tokens_B.tolist()):
                 stopped[row] = stopped[row] or token in stops
