@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 import distil_jax
 from distil_jax import report
-from distil_jax.licences import Duties, Origin
+from distil_jax.licences import LICENCES, Duties, Origin
 
 LONGEST = 300  # characters of a user's text
 LIMITS = (
@@ -48,7 +48,7 @@ def card(
         "projected into the student's vocabulary by the bytes of the tokens.",
         LIMITS,
         "## Use",
-        _use(name),
+        _use(name, checks["bos"]),
         "## Results",
         _results(done["evaluate"]),
         "## Recipe",
@@ -83,8 +83,15 @@ def _model(config: ConfigDict, role: str, origins: Mapping[str, Origin]) -> str:
     return name + (", adapted to the same text first" if config.teacher.adapt else "")
 
 
-def _use(name: str) -> str:
-    return f"""```python
+def _use(name: str, bos: str | None) -> str:
+    """How to load it. bos: what has to stand in front of a text, where transformers does not put it there."""
+    hint = (
+        f"The text that it was trained on begins with the token {escape(bos)}, which this tokenizer does not put there "
+        "in transformers and vLLM: write it in front. distil_jax does.\n\n"
+        if bos
+        else ""
+    )
+    return f"""{hint}```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")  # this folder, or its id on the hub
@@ -192,7 +199,7 @@ def _licence(duties: Duties) -> str:
         )
     lines = []
     for o in duties.origins:
-        titles = " and ".join(f"{x.title} ({x.url})" for x in (_of(duties, key) for key in o.licences))
+        titles = " and ".join(map(_cited, o.licences))
         lines.append(f"{o.role}, {escape(o.name)}: {titles or 'its licence is **not known**'}")
     lines += [x.restrictions for x in duties.licences if x.restrictions]
     lines.append(
@@ -205,8 +212,9 @@ def _licence(duties: Duties) -> str:
     return text
 
 
-def _of(duties: Duties, key: str):
-    return next(x for x in duties.licences if x.key == key)
+def _cited(key: str) -> str:
+    licence = LICENCES[key]
+    return licence.title + (f" ({licence.url})" if licence.url.startswith("https://") else "")
 
 
 def _bullets(lines: Sequence[str]) -> str:

@@ -150,8 +150,11 @@ def _replace(partial: Path, target: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Asks the disk to hold what was written, so that a full or failing one is found out before the rename."""
+    """Asks the disk to hold what was written, so that a full or failing one is found out before the rename. The weights
+    get the mode of the other files: safetensors makes them for their owner alone."""
+    mode = (folder / "config.json").stat().st_mode & 0o777
     for file in folder.iterdir():
+        file.chmod(mode)
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
 

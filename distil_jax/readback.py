@@ -62,7 +62,8 @@ def compare(
 
     model, params: what was trained. tokenizer: the transformers tokenizer that was saved. documents: held-out (prompt,
     completion) pairs. dtype: the stored one.
-    Returns dtype, parameters, texts and ids (compared by the tokenizers), documents (scored), largest_logit_difference
+    Returns dtype, parameters, texts and ids (compared by the tokenizers), bos (the token that training text begins with
+    and that transformers would not put in front of a text, else None), documents (scored), largest_logit_difference
     (of the stored model, computed in `dtype`, from the trained one in its own), bits_per_byte_trained and
     bits_per_byte_stored (completions of those documents).
     Raises UserError if a weight is not the trained one cast to `dtype`, bit for bit, or a text gets other ids.
@@ -74,9 +75,11 @@ def compare(
             raise _failed(directory, f"{jax.tree_util.keystr(path)} does not read back as it was written")
     texts = [prompt + completion for prompt, completion in documents[:ENCODED_DOCUMENTS]]
     table, ids = compare_tokenizers(tokenizer, directory, [*texts, *AWKWARD_TEXTS])
+    bos = table.roles.get("bos")
+    added = bos is None or tokenizer("a")["input_ids"][0] == bos
     scores = _score(model, params, again, stored, table, documents[:SCORED_DOCUMENTS])
     counts = {"parameters": sum(leaf.size for _, leaf in leaves), "texts": len(texts) + len(AWKWARD_TEXTS), "ids": ids}
-    return {"dtype": dtype} | counts | scores
+    return {"dtype": dtype} | counts | {"bos": None if added else tokenizer.convert_ids_to_tokens(bos)} | scores
 
 
 @jax.jit
@@ -86,8 +89,8 @@ def _same_bits(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def compare_tokenizers(tokenizer: Any, directory: Path, texts: Sequence[str]) -> tuple[ByteTable, int]:
-    """(byte table of the written tokenizer, ids compared). Raises UserError for the first text with other ids, or if
-    the chat template is not the same."""
+    """(byte table of the written tokenizer, ids compared). Raises UserError for the first text with other ids, with or
+    without what the tokenizer puts around a text, or if the chat template is not the same."""
     from transformers import AutoTokenizer
 
     written = AutoTokenizer.from_pretrained(directory)
@@ -101,7 +104,7 @@ def compare_tokenizers(tokenizer: Any, directory: Path, texts: Sequence[str]) ->
     for text, (a, b) in zip(texts, encodings, strict=True):
         before = tokenizer(text, add_special_tokens=False)["input_ids"]
         after = written(text, add_special_tokens=False)["input_ids"]
-        same = before == after and tokenizer.decode(before) == written.decode(after)
+        same = before == after and tokenizer(text)["input_ids"] == written(text)["input_ids"]
         if isinstance(a, RoundTripError):  # text that training quarantines, and would again
             same &= isinstance(b, RoundTripError)
         else:

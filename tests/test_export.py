@@ -95,6 +95,7 @@ def test_both_families_go_out_whole_and_load_elsewhere(models, tmp_path, family,
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "README.md", "NOTICE"}
     assert json.loads((tmp_path / "out" / "README.md").read_text()) == checks
+    assert len({p.stat().st_mode for p in (tmp_path / "out").iterdir()}) == 1  # whoever may read one may read all
     model, params, _ = models[family]
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     generation = theirs.generation_config
@@ -127,6 +128,20 @@ def test_the_checks_count_what_they_compared_and_measure_what_rounding_costs(lla
         bits -= sum(float(log_p[t - 1, ids[t]]) for t in range(1 + len(a), len(ids))) / np.log(2)
         size += len(completion.encode())
     assert whole["bits_per_byte_trained"] == pytest.approx(bits / size, rel=1e-5)
+
+
+def test_a_tokenizer_that_adds_no_beginning_is_told_of(llama, tmp_path):
+    from transformers import AutoTokenizer
+
+    model, params, tokenizer = llama
+    assert exported(llama, tmp_path / "out")["bos"] is None
+    bare = tmp_path / "bare"
+    shutil.copytree(tmp_path / "out", bare)
+    spec = json.loads((bare / "tokenizer.json").read_text()) | {"post_processor": None}
+    (bare / "tokenizer.json").write_text(json.dumps(spec))
+    checks = exported((model, params, AutoTokenizer.from_pretrained(bare)), tmp_path / "again")
+    assert checks["bos"] == "<|begin_of_text|>"
+    assert "begins with the token &lt;\\|begin\\_of\\_text\\|&gt;" in card._use("x", checks["bos"])
 
 
 def test_the_texts_of_the_check_hold_what_tokenizers_get_wrong():
