@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 
 import distil_jax
 from distil_jax import report
-from distil_jax.licences import LICENCES, Duties, Origin
+from distil_jax.duties import Duties
+from distil_jax.licences import LICENCES, Origin
 
 LONGEST = 300  # characters of a user's text
 LIMITS = (

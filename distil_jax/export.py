@@ -19,10 +19,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import distil_jax
-from distil_jax import learners, licences, readback
+from distil_jax import duties, learners, licences, manifest, readback
 from distil_jax.card import card
-from distil_jax.licences import Duties
-from distil_jax.manifest import write_json_atomic
+from distil_jax.duties import Duties
+from distil_jax.errors import UserError
 from distil_jax.metrics import is_first_process
 from distil_jax.models import hub
 from distil_jax.push import push
@@ -47,12 +47,14 @@ def make(config: ConfigDict) -> dict[str, Any]:
     if found := work.done("export"):
         return found
     done = {name: work.require(name) for name in ("corpus", "projection", "distilled", "evaluate")}
-    duties = duties_of(config)
+    owed = duties_of(config)
     name = config.export.name
     if name:
-        duties.check_name(name, "config.export.name")
+        owed.check_name(name, "config.export.name")
     else:
-        name = duties.named(work.root.resolve().name)
+        name = owed.named(work.root.resolve().name)
+    if name in ("key", manifest.NAME):
+        raise UserError(f"{work / 'export'} keeps a file called {name}: choose another config.export.name")
     stage = work.begin("export")
     mesh = learners.mesh_of(config)
     student = config.student.path
@@ -65,8 +67,8 @@ def make(config: ConfigDict) -> dict[str, Any]:
             tokenizer=learners.hf_tokenizer(work, "student"),
             documents=readback.read_documents(work / "corpus" / "documents.jsonl"),
             dtype=config.export.dtype,
-            files=duties.files,
-            write_card=lambda checks: card(name, config, done, duties, checks),
+            files=owed.files,
+            write_card=lambda checks: card(name, config, done, owed, checks),
             generation_config=read_generation_config(hub.resolve(student)) if student else None,
             mesh=mesh,
         )
@@ -75,8 +77,8 @@ def make(config: ConfigDict) -> dict[str, Any]:
         name=name,
         bytes=sum(file.stat().st_size for file in (stage.folder / name).iterdir()),
         checks=checks,
-        licences={o.role: {"model": o.name, "licences": list(o.licences)} for o in duties.origins},
-        missing=list(duties.missing),
+        licences={o.role: {"model": o.name, "licences": list(o.licences)} for o in owed.origins},
+        missing=list(owed.missing),
     )
 
 
@@ -88,7 +90,7 @@ def duties_of(config: ConfigDict) -> Duties:
         found = licences.origin(role, path, stated, hub.resolve(path) if path else None)
         origins += [found] if found else []
     given = [Path(name) for name in names_of(config.export.licence_files)]
-    return licences.duties(origins, given, made_by=f"distil_jax {distil_jax.__version__}")
+    return duties.gather(origins, given, made_by=f"distil_jax {distil_jax.__version__}")
 
 
 def export_model(
@@ -175,7 +177,7 @@ def write_generation_config(file: Path, source: Mapping[str, Any]) -> None:
     if isinstance(ends, list) and ours.get("eos_token_id") in ends:
         ours["eos_token_id"] = ends
     dropped = ("_from_model_config", "transformers_version")
-    write_json_atomic(file, {key: value for key, value in source.items() if key not in dropped} | ours)
+    manifest.write_json_atomic(file, {key: value for key, value in source.items() if key not in dropped} | ours)
 
 
 def publish(config: ConfigDict, facts: Mapping[str, Any]) -> str | None:

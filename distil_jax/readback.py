@@ -47,6 +47,8 @@ AWKWARD_TEXTS = (
     *(f"said {name}, {name}{name}\n{name}" for name in itertools.chain.from_iterable(ROLES.values())),
 )
 
+_WIDER = "export it with config.export.dtype bfloat16 or float32; if it is not finite there, its training failed"
+
 
 def compare(
     model: Any,
@@ -66,26 +68,34 @@ def compare(
     and that transformers would not put in front of a text, else None), documents (scored), largest_logit_difference
     (of the stored model, computed in `dtype`, from the trained one in its own), bits_per_byte_trained and
     bits_per_byte_stored (completions of those documents).
-    Raises UserError if a weight is not the trained one cast to `dtype`, bit for bit, or a text gets other ids.
+    Raises UserError if a weight is not the trained one cast to `dtype`, bit for bit, if a text gets other ids, or if
+    weights or logits are not finite in `dtype`.
     """
     again, stored = hub.load_pretrained(directory, dtype=dtype, mesh=mesh)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for (path, a), b in zip(leaves, jax.tree.leaves(stored), strict=True):
-        if a.shape != b.shape or not bool(_same_bits(a.astype(dtype), b)):
+        same, finite = map(bool, _compare(a, b)) if a.shape == b.shape else (False, True)
+        if not same:
             raise _failed(directory, f"{jax.tree_util.keystr(path)} does not read back as it was written")
+        if not finite:
+            raise UserError(f"{jax.tree_util.keystr(path)} is not finite in {dtype}: {_WIDER}")
     texts = [prompt + completion for prompt, completion in documents[:ENCODED_DOCUMENTS]]
     table, ids = compare_tokenizers(tokenizer, directory, [*texts, *AWKWARD_TEXTS])
     bos = table.roles.get("bos")
     added = bos is None or tokenizer("a")["input_ids"][0] == bos
     scores = _score(model, params, again, stored, table, documents[:SCORED_DOCUMENTS])
+    if not np.isfinite(list(scores.values())).all():
+        raise UserError(f"the model gives logits that are not finite in {dtype}: {_WIDER}")
     counts = {"parameters": sum(leaf.size for _, leaf in leaves), "texts": len(texts) + len(AWKWARD_TEXTS), "ids": ids}
     return {"dtype": dtype} | counts | {"bos": None if added else tokenizer.convert_ids_to_tokens(bos)} | scores
 
 
 @jax.jit
-def _same_bits(a: jax.Array, b: jax.Array) -> jax.Array:
-    bits = {2: jnp.uint16, 4: jnp.uint32}[a.dtype.itemsize]
-    return jnp.all(jax.lax.bitcast_convert_type(a, bits) == jax.lax.bitcast_convert_type(b, bits))
+def _compare(trained: jax.Array, stored: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Whether `stored` is `trained` cast to its type, bit for bit, and whether all of it is finite."""
+    bits = {2: jnp.uint16, 4: jnp.uint32}[stored.dtype.itemsize]
+    a, b = (jax.lax.bitcast_convert_type(x, bits) for x in (trained.astype(stored.dtype), stored))
+    return jnp.all(a == b), jnp.all(jnp.isfinite(stored))
 
 
 def compare_tokenizers(tokenizer: Any, directory: Path, texts: Sequence[str]) -> tuple[ByteTable, int]:

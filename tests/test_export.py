@@ -1,13 +1,9 @@
-"""What is taken away is fit to publish: whole or not there, read back, licensed, described, and pushed only if so."""
+"""What is taken away is whole or not there, read back, described, and says what keeps it from being published."""
 
-import http.server
 import json
-import os
 import shutil
 import subprocess
 import sys
-import threading
-from base64 import b64decode
 from pathlib import Path
 
 import jax
@@ -16,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from test_licences import HEALTH, LLAMA, folder_of
 
 import distil_jax as dj
 from distil_jax import card, export, licences, readback
@@ -36,18 +33,6 @@ FAMILIES = {
     "llama": (train_llama_style, 340, {"model_type": "llama"}),
     "gemma": (train_gemma_style, 330, {"model_type": "gemma3_text", "sliding_window": 8}),
 }
-HEADINGS = {
-    "LICENSE.txt": "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\n\nThe agreement, for a test.\n",
-    "USE_POLICY.md": "**Llama 3.2** **Acceptable Use Policy**\n\nThe policy, for a test.\n",
-    "hai-def.md": "# Health AI Developer Foundations Terms of Use\n\nThe terms, for a test.\n",
-}
-HEALTH = (
-    "HAI-DEF is provided under and subject to the Health AI Developer Foundations Terms of Use found at "
-    "https://developers.google.com/health-ai-developer-foundations/terms"
-)
-LLAMA = (
-    "Llama 3.2 is licensed under the Llama 3.2 Community License, Copyright © Meta Platforms, Inc. All Rights Reserved."
-)
 
 
 @pytest.fixture(scope="session")
@@ -178,6 +163,19 @@ def test_an_export_that_does_not_read_back_gets_no_name(llama, tmp_path, monkeyp
         assert before == {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_a_type_that_cannot_hold_the_model_is_refused(models, tmp_path):
+    """float16 ends at 65,504: the weights may fit and what is computed with them may not, as in the larger Gemmas."""
+    model, params, tokenizer = models["llama"]
+    layers = params["layers"]
+    weights = params | {"embedding": params["embedding"] * 1e7}
+    activations = params | {"layers": layers | {"mlp": jax.tree.map(lambda x: x * 1e4, layers["mlp"])}}
+    for large, said in ((weights, "embedding.* is not finite"), (activations, "logits that are not finite")):
+        with pytest.raises(UserError, match=f"{said} in float16: .*bfloat16"):
+            exported((model, large, tokenizer), tmp_path / "out", "float16")
+        assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_an_interruption_at_the_last_file_leaves_nothing(llama, tmp_path, error):
     def interrupted(checks):
@@ -214,133 +212,6 @@ def test_end_tokens_of_an_instruct_student_are_kept(tmp_path):
         file.write_text(json.dumps({"_from_model_config": True, "eos_token_id": ours, "pad_token_id": None}))
         export.write_generation_config(file, {"eos_token_id": theirs, "temperature": 0.6, "pad_token_id": 3})
         assert json.loads(file.read_text()) == {"eos_token_id": kept, "temperature": 0.6, "pad_token_id": 3}
-
-
-# ---- licences -------------------------------------------------------------------------------------------------------
-
-
-def folder_of(root, name, *texts):
-    folder = root / name
-    folder.mkdir(parents=True)
-    for text in texts:
-        (folder / text).write_text(HEADINGS[text])
-    return folder
-
-
-def duties(student=None, teacher=None, given=(), stated=("", "")):
-    found = [
-        licences.origin(role, str(path or ""), key, path)
-        for role, path, key in zip(("student", "teacher"), (student, teacher), stated, strict=True)
-    ]
-    return licences.duties([o for o in found if o], list(given), "distil_jax 0")
-
-
-def test_a_llama_student_of_medgemma_is_bound_by_both(tmp_path):
-    student = folder_of(tmp_path, "meta-llama/Llama-3.2-1B", "LICENSE.txt", "USE_POLICY.md")
-    teacher = folder_of(tmp_path, "google/medgemma-4b-it")
-    d = duties(student, teacher)
-    assert [x.key for x in d.licences] == ["llama3.2", "hai-def"] and d.prefix == "Llama"
-    assert len(d.missing) == 1 and "developers.google.com/health-ai-developer-foundations/terms" in d.missing[0]
-    terms = folder_of(tmp_path, "given", "hai-def.md") / "hai-def.md"
-    d = duties(student, teacher, [terms])
-    assert d.missing == ()
-    notice = d.files["NOTICE"].decode()
-    assert LLAMA in notice.splitlines() and HEALTH in notice.splitlines()
-    assert "Modified files" in notice and "meta-llama/Llama-3.2-1B" in notice and "google/medgemma-4b-it" in notice
-    assert d.files["LICENSE-llama3.2.txt"].decode() == HEADINGS["LICENSE.txt"]
-    assert d.files["USE_POLICY-llama3.2.md"].decode() == HEADINGS["USE_POLICY.md"]
-    assert d.files["LICENSE-hai-def.md"].decode() == HEADINGS["hai-def.md"]
-    front = d.metadata()
-    assert front["license"] == "other" and front["license_name"] == "llama3.2-and-hai-def"
-    assert front["base_model"] == "meta-llama/Llama-3.2-1B" and front["license_link"] in d.files
-    # An export that becomes a student itself is recognised with both.
-    again = tmp_path / "again"
-    again.mkdir()
-    for name, text in d.files.items():
-        (again / name).write_bytes(text)
-    assert licences.recognise(None, again) == ("llama3.2", "hai-def")
-    assert duties(again).missing == () and set(duties(again).files) == set(d.files)
-
-
-@pytest.mark.parametrize(
-    ("hub_id", "keys"),
-    [
-        ("meta-llama/Llama-3.2-3B-Instruct", ("llama3.2",)),
-        ("meta-llama/Meta-Llama-3-8B", ("llama3",)),
-        ("meta-llama/Llama-3.1-8B", ("llama3.1",)),
-        ("m42-health/Llama3-Med42-8B", ("llama3", "other")),
-        ("google/medgemma-27b-text-it", ("hai-def",)),
-        ("google/gemma-3-270m", ("gemma",)),
-        ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", ("apache-2.0",)),
-        ("HuggingFaceTB/SmolLM2-135M", ("apache-2.0",)),
-        ("someone/Llama-3.2-1B", ()),
-    ],
-)
-def test_a_licence_is_recognised_by_hub_id_cache_folder_and_folder(hub_id, keys, tmp_path):
-    assert licences.origin("teacher", f"{hub_id}@main", "", tmp_path).licences == keys
-    cached = tmp_path / f"models--{hub_id.replace('/', '--')}" / "snapshots" / "abc"
-    cached.mkdir(parents=True)
-    for folder in (cached, folder_of(tmp_path, hub_id)):
-        found = licences.origin("teacher", str(folder), "", folder)
-        assert found.licences == keys
-        assert found.hub_id == hub_id or not keys
-
-
-def test_a_licence_is_recognised_by_the_card_and_the_text(tmp_path):
-    for name, front, key in (
-        ("a", "license: llama3.1", "llama3.1"),
-        ("b", 'license: other\nlicense_name: "health-ai-developer-foundations"', "hai-def"),
-        ("c", "license: cc-by-4.0", None),
-    ):
-        (folder_of(tmp_path, name) / "README.md").write_text(f"---\ntags: [x]\n{front}\n---\n# license: gemma\n")
-        assert licences.recognise(None, tmp_path / name) == ((key,) if key else ())
-    assert licences.recognise(None, folder_of(tmp_path, "d", "LICENSE.txt")) == ("llama3.2",)
-    (tmp_path / "d" / "LICENSE.pdf").write_bytes(b"%PDF\xff\xfe")
-    assert licences.recognise(None, tmp_path / "d") == ("llama3.2",)
-
-
-def test_what_is_not_known_or_not_there_keeps_an_export_from_being_published(tmp_path):
-    somewhere = folder_of(tmp_path, "somewhere")
-    assert duties().missing == () and duties().files == {} and duties().metadata() == {}
-    unknown = duties(somewhere)
-    assert "config.student.licence" in unknown.missing[0] and "unknown" in unknown.metadata()["license_name"]
-    llama = duties(somewhere, stated=("llama3.2", ""))
-    assert ["use-policy" in m for m in llama.missing] == [False, True]
-    assert all("https://www.llama.com/llama3_2/" in m and "licence_files" in m for m in llama.missing)
-    (somewhere / "LICENSE.txt").write_text("Their own words.\n")
-    other = duties(somewhere, stated=("other", ""))
-    assert other.missing == () and other.files["LICENSE-of-student-LICENSE.txt"] == b"Their own words.\n"
-    # A text that is not the one demanded does not pass for it.
-    assert len(duties(somewhere, stated=("llama3.2", "")).missing) == 2
-    with pytest.raises(UserError, match="config.student.licence is 'lama3.2' .did you mean 'llama3.2'"):
-        duties(somewhere, stated=("lama3.2", ""))
-    (tmp_path / "terms.pdf").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="terms.pdf cannot be read"):
-        duties(somewhere, given=[tmp_path / "terms.pdf"])
-
-
-def test_a_llama_3_teacher_may_improve_no_other_model(tmp_path):
-    teacher = folder_of(tmp_path, "m42-health/Llama3-Med42-8B")
-    other, same = folder_of(tmp_path, "meta-llama/Llama-3.2-1B"), folder_of(tmp_path, "meta-llama/Meta-Llama-3-8B")
-    assert any("1.b.v" in m for m in duties(other, teacher).missing)
-    assert not any("1.b.v" in m for m in duties(same, teacher).missing)
-    assert duties(other, teacher).prefix == "Llama 3"
-
-
-def test_the_name_follows_the_licence(tmp_path):
-    llama = duties(folder_of(tmp_path, "meta-llama/Llama-3.2-1B"))
-    assert llama.named("tiny run!") == "Llama-tiny-run" and llama.named("Llama-x") == "Llama-x"
-    three = duties(teacher=folder_of(tmp_path, "meta-llama/Meta-Llama-3-8B"))
-    assert three.named("tiny") == "Llama-3-tiny" and three.named("Llama-3.1-tiny") == "Llama-3.1-tiny"
-    free = duties()
-    assert free.named("..") == "distilled" and free.named("my--model") == "my-model"
-    llama.check_name("Llama-3.2-mine", "key")
-    free.check_name("mine", "key")
-    with pytest.raises(UserError, match=r'section 1.b.i of the Llama 3.2 .* begins with "Llama": call it Llama-mine'):
-        llama.check_name("mine", "config.export.name")
-    for name in ("a/b", "a b", "..", "-a", "a--b", "x" * 97, "é"):
-        with pytest.raises(UserError, match="letters, digits"):
-            free.check_name(name, "config.export.name")
 
 
 # ---- the stage ------------------------------------------------------------------------------------------------------
@@ -465,6 +336,8 @@ def test_a_name_against_the_licence_is_refused_before_anything_is_written(work):
     with pytest.raises(UserError, match="config.export.name.*call it Llama-MyMedicalModel"):
         export.main(config)
     assert not (Path(config.workdir) / "export").exists()
+    with pytest.raises(UserError, match="choose another config.export.name"):
+        export.main(work(**{"export.name": "key", "student.licence": "other", "teacher.licence": "other"}))
     config = work(**{"export.push_to": "me/tiny"})
     with pytest.raises(UserError, match="config.export.push_to.*call it Llama-tiny"):
         export.main(config)
@@ -484,102 +357,3 @@ def test_a_run_without_models_of_others_is_bound_by_nothing(tmp_path):
     config.student.licence = "mit"
     (o,) = export.duties_of(config).origins
     assert (o.name, o.licences) == ("made here", ("mit",))
-
-
-# ---- the push -------------------------------------------------------------------------------------------------------
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """The endpoints of the hub that a push of small files asks, over HTTP. State is on the server object."""
-
-    def answer(self, status, value):
-        body = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_GET(self):
-        self.server.asked.append(self.path)
-        self.answer(200, {"id": self.server.repo, "private": self.server.private, "siblings": []})
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.server.asked.append(self.path)
-        if self.headers.get("Authorization") != "Bearer hf_right":
-            return self.answer(401, {"error": "Invalid username or password."})
-        if self.path == "/api/repos/create":
-            self.server.created = json.loads(body)
-            return self.answer(200, {"url": f"http://{self.headers['Host']}/{self.server.repo}"})
-        if self.path == "/api/validate-yaml":
-            return self.answer(200, {"errors": [], "warnings": []})
-        if "/preupload/" in self.path:
-            files = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
-            ]
-            return self.answer(200, {"files": files})
-        if "/commit/" in self.path:
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    self.server.files[line["value"]["path"]] = b64decode(line["value"]["content"])
-            url = f"http://{self.headers['Host']}/{self.server.repo}/commit/1"
-            return self.answer(200, {"success": True, "commitOid": "1", "commitUrl": url})
-        self.answer(404, {"error": self.path})
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def local_hub():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.repo, server.private, server.files, server.asked, server.created = "me/Llama-tiny", True, {}, [], None
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def pushed(folder, endpoint, home, repo="me/Llama-tiny", **env):
-    """A push in a process of its own: the client reads its environment when it is imported."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    environment |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_TELEMETRY": "1"} | env
-    code = (
-        "import sys, pathlib; from distil_jax.push import push; from distil_jax.errors import UserError\n"
-        "try: print(push(pathlib.Path(sys.argv[1]), sys.argv[2], private=True))\n"
-        "except UserError as error: print('error:', error)"
-    )
-    command = [sys.executable, "-c", code, str(folder), repo]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=PROJECT, check=True).stdout
-
-
-def test_a_push_brings_every_file_byte_for_byte(llama, local_hub, tmp_path):
-    exported(llama, tmp_path / "out")
-    endpoint = f"http://127.0.0.1:{local_hub.server_port}"
-    assert pushed(tmp_path / "out", endpoint, tmp_path / "home", HF_TOKEN="hf_right").strip().endswith("/commit/1")
-    assert local_hub.files == {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-    assert local_hub.created["name"] == "Llama-tiny" and "private" in json.dumps(local_hub.created)
-    # A public repository is not filled by a push that was to be private.
-    local_hub.private, local_hub.files = False, {}
-    said = pushed(tmp_path / "out", endpoint, tmp_path / "home", HF_TOKEN="hf_right")
-    assert "it is public; set --config.export.private=false" in said and local_hub.files == {}
-
-
-def test_a_push_that_cannot_be_is_one_line_with_the_way_on(local_hub, tmp_path):
-    folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / "README.md").write_text("# x\n")
-    endpoint = f"http://127.0.0.1:{local_hub.server_port}"
-    closed = "http://127.0.0.1:9"
-    for said, arguments in {
-        "no token": (endpoint, {}),
-        "(401)": (endpoint, {"HF_TOKEN": "hf_wrong"}),
-        "HF_HUB_OFFLINE is set": (endpoint, {"HF_TOKEN": "hf_right", "HF_HUB_OFFLINE": "1"}),
-        "ConnectError": (closed, {"HF_TOKEN": "hf_right"}),
-    }.items():
-        out = pushed(folder, arguments[0], tmp_path / "home", **arguments[1])
-        assert out.startswith("error: not pushed to me/Llama-tiny") and said in out and out.count("\n") == 1
-        assert "--config.export.push_to=me/Llama-tiny" in out and "hf_" not in out
-    assert local_hub.files == {}
-    assert "config.export.push_to is 'a/b/c'" in pushed(folder, endpoint, tmp_path, "a/b/c", HF_TOKEN="hf_right")
