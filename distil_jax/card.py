@@ -148,6 +148,7 @@ def _recipe(config: ConfigDict, done: Mapping[str, Mapping[str, Any]]) -> str:
         f"learning rate {t.learning_rate:g} after {t.warmup} steps of warm-up, then a cosine to {t.end_fraction:g} of "
         f"it; weight decay {t.weight_decay:g}; gradient norm at most {t.clip:g}; computed in "
         f"{escape(t.compute_dtype)}; seed {config.seed}",
+        f"parameters that were not trained: {escape(t.get('freeze', '') or 'none')}",
         f"updates left out because they were not finite: {done['distilled']['skipped']}",
         f"vocabulary projection: IP_KL {fitted['ip_kl']:.4f}, IP_bpb {fitted['ip_bpb']:.4f} (shares of the teacher's "
         "information that pass through it)",

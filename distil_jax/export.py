@@ -114,11 +114,13 @@ def export_model(
     generation_config: the student's own, kept but for the special ids.
     Everything, card and licences included, is written into a hidden folder beside `directory` and renamed once. After
     a failure, an interruption or a full disk that folder is gone and `directory` is as it was before. In a run of
-    several processes all must call it; the first one writes. Raises UserError if the directory does not read back.
+    several processes all must call it; the first one writes. Raises UserError if the directory does not read back, or
+    `dtype` cannot hold the model.
     """
     target = Path(directory).absolute()
     partial = target.with_name(f".{target.name}.partial")
     first = is_first_process()
+    readback.check_finite(params, dtype)
     try:
         if first:
             shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed

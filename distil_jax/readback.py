@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from distil_jax.errors import UserError
+from distil_jax.errors import UserError, nearest
 from distil_jax.models import hub
 from distil_jax.tokens.bytes import ByteTable, RoundTripError
 from distil_jax.tokens.pipeline import ROLES
@@ -69,16 +69,13 @@ def compare(
     (of the stored model, computed in `dtype`, from the trained one in its own), bits_per_byte_trained and
     bits_per_byte_stored (completions of those documents).
     Raises UserError if a weight is not the trained one cast to `dtype`, bit for bit, if a text gets other ids, or if
-    weights or logits are not finite in `dtype`.
+    logits are not finite in `dtype`.
     """
     again, stored = hub.load_pretrained(directory, dtype=dtype, mesh=mesh)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for (path, a), b in zip(leaves, jax.tree.leaves(stored), strict=True):
-        same, finite = map(bool, _compare(a, b)) if a.shape == b.shape else (False, True)
-        if not same:
+        if a.shape != b.shape or not bool(_same_bits(a, b)):
             raise _failed(directory, f"{jax.tree_util.keystr(path)} does not read back as it was written")
-        if not finite:
-            raise UserError(f"{jax.tree_util.keystr(path)} is not finite in {dtype}: {_WIDER}")
     texts = [prompt + completion for prompt, completion in documents[:ENCODED_DOCUMENTS]]
     table, ids = compare_tokenizers(tokenizer, directory, [*texts, *AWKWARD_TEXTS])
     bos = table.roles.get("bos")
@@ -90,12 +87,26 @@ def compare(
     return {"dtype": dtype} | counts | {"bos": None if added else tokenizer.convert_ids_to_tokens(bos)} | scores
 
 
+def check_finite(params: Any, dtype: str) -> None:
+    """Raises UserError if `dtype` is no float type, or for the first parameter that is not finite in it, naming it."""
+    if dtype not in hub.DTYPES:
+        raise UserError(f"config.export.dtype is {dtype!r}{nearest(dtype, hub.DTYPES)}; it is {', '.join(hub.DTYPES)}")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not bool(_finite(leaf, dtype)):
+            raise UserError(f"{jax.tree_util.keystr(path)} is not finite in {dtype}: {_WIDER}")
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _finite(leaf: jax.Array, dtype: str) -> jax.Array:
+    return jnp.all(jnp.isfinite(leaf.astype(dtype)))
+
+
 @jax.jit
-def _compare(trained: jax.Array, stored: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Whether `stored` is `trained` cast to its type, bit for bit, and whether all of it is finite."""
+def _same_bits(trained: jax.Array, stored: jax.Array) -> jax.Array:
+    """Whether `stored` is `trained` cast to its type, bit for bit."""
     bits = {2: jnp.uint16, 4: jnp.uint32}[stored.dtype.itemsize]
     a, b = (jax.lax.bitcast_convert_type(x, bits) for x in (trained.astype(stored.dtype), stored))
-    return jnp.all(a == b), jnp.all(jnp.isfinite(stored))
+    return jnp.all(a == b)
 
 
 def compare_tokenizers(tokenizer: Any, directory: Path, texts: Sequence[str]) -> tuple[ByteTable, int]:
