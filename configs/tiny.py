@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     # A model has either a path (a Hugging Face directory or hub id) or a shape and a vocabulary size to be made from.
     c.teacher = ConfigDict()
     c.teacher.path = ""
+    c.teacher.licence = ""  # of the model at path, as docs/export.md names them; empty: recognised
     c.teacher.dtype = "float32"  # of the frozen parameters while it teaches
     c.teacher.adapt = False  # train a teacher that has a path on the corpus first
     c.teacher.vocab_size = 3072
@@ -51,6 +52,7 @@ def get_config() -> ConfigDict:
 
     c.student = ConfigDict()
     c.student.path = ""
+    c.student.licence = ""
     c.student.vocab_size = 2048
     c.student.shape = ConfigDict(
         {
@@ -94,7 +96,12 @@ def get_config() -> ConfigDict:
     c.evaluation.answers = 6  # held-out questions answered by each model in the report
     c.evaluation.answer_tokens = 48
 
-    c.export = ConfigDict({"dtype": "float32"})
+    c.export = ConfigDict()
+    c.export.dtype = "float32"  # of the stored weights
+    c.export.name = ""  # of the model and its folder; empty: that of the work folder, as the licences allow
+    c.export.licence_files = ""  # texts that the models' folders lack, separated by commas
+    c.export.push_to = ""  # "owner/name" on the Hugging Face hub; empty: nowhere
+    c.export.private = True  # of the repository that a push makes
     return c.lock()
 
 
