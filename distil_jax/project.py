@@ -58,7 +58,7 @@ def main(config: ConfigDict) -> dict[str, Any]:
         fitted.save(stage.folder)
 
         # Measured on held-out text, as built and as fitted.
-        held_out = gather(hidden_of, params, loader("test").sweep(), mesh)
+        held_out = gather(hidden_of, params, loader("test").sweep(rows=config.evaluation.rows), mesh)
         unigram = np.load(work / "corpus" / "student_unigram.npy")
 
         def measure(W):
