@@ -34,12 +34,12 @@ def get_config() -> ConfigDict:
     c.teacher.path = "google/gemma-3-270m"  # a hub id or a Hugging Face directory
     c.teacher.dtype = "float32"  # of the frozen parameters while it teaches; "bfloat16" on accelerators
     c.teacher.adapt = True  # train it on the corpus first; False: it teaches as it came
-    c.teacher.training = training(steps=120, learning_rate=1e-4)
+    c.teacher.training = training(steps=80, learning_rate=1e-4)
     c.teacher.training.freeze = "embedding"  # tied, so the head too
 
     c.student = ConfigDict()
     c.student.path = "HuggingFaceTB/SmolLM2-135M"
-    c.student.training = training(steps=120, learning_rate=3e-4)
+    c.student.training = training(steps=80, learning_rate=3e-4)
 
     c.projection = ConfigDict()
     c.projection.size = 8  # student tokens that one teacher token may become

@@ -14,6 +14,7 @@ agreement_with_teacher: at root positions, how often the student's most likely t
 teacher's.
 """
 
+import functools
 import sys
 from typing import Any
 
@@ -48,9 +49,12 @@ def main(config: ConfigDict) -> dict[str, Any]:
         rows = collect(loader, e)
         first_piece = Projection.load(work / "projection", teacher=tables["teacher"], student=tables["student"]).best()
 
+        @functools.cache  # the students are one model, which compiles once
+        def scorer_of(side, model):
+            return likelihood.make_scorer(model, side, block=config.objective.block, mesh=mesh)
+
         def scored(side, model, params):
-            scorer = likelihood.make_scorer(model, side, block=config.objective.block, mesh=mesh)
-            values = likelihood.sweep(scorer, params, loader.sweep(e.batch_size, e.rows), mesh)
+            values = likelihood.sweep(scorer_of(side, model), params, loader.sweep(e.batch_size, e.rows), mesh)
             values = {name: array[: len(loader.spread(e.rows))] for name, array in values.items()}
             return values | {"parameters": learners.count(params)}
 
