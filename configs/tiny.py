@@ -91,6 +91,7 @@ def get_config() -> ConfigDict:
 
     c.evaluation = ConfigDict()
     c.evaluation.batch_size = 16
+    c.evaluation.rows = 0  # packed test rows that are scored, spread over the split; 0: all
     c.evaluation.curve_rows = 64  # validation rows behind the curve of the report
     c.evaluation.bootstrap = 2000  # resamples of documents behind each interval
     c.evaluation.answers = 6  # held-out questions answered by each model in the report
@@ -114,7 +115,8 @@ def training(steps: int, learning_rate: float) -> ConfigDict:
     t.warmup = 50
     t.end_fraction = 0.05  # of the peak, at the last step
     t.weight_decay = 0.1
-    t.clip = 1.0  # global gradient norm
+    t.clip = 1.0  # global gradient norm, over the parameters that learn
+    t.freeze = ""  # parameters that stay as they are: "embedding", or dotted paths separated by commas
     t.compute_dtype = "float32"
     t.remat = False  # recompute activations in the backward pass
     t.log_every = 10

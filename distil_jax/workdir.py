@@ -28,7 +28,7 @@ STUDENT_RUNS = ("control", "smoothing", "distilled")
 READS: dict[str, tuple[str, ...]] = {
     "corpus": ("data", "teacher.path", "teacher.vocab_size", "student.path", "student.vocab_size"),
     "teacher": ("seed", "teacher.shape", "teacher.adapt", "teacher.training", "evaluation.curve_rows"),
-    "projection": ("seed", "projection", "evaluation.bootstrap"),
+    "projection": ("seed", "projection", "evaluation.bootstrap", "evaluation.rows"),
     **{
         run: ("seed", "student.shape", "student.training", "objective", "evaluation.curve_rows", "teacher.dtype")
         for run in STUDENT_RUNS
