@@ -32,13 +32,15 @@ def get_config() -> ConfigDict:
 
     c.teacher = ConfigDict()
     c.teacher.path = "google/gemma-3-270m"  # a hub id or a Hugging Face directory
-    c.teacher.dtype = "float32"  # of the frozen parameters while it teaches; "bfloat16" on accelerators
+    c.teacher.licence = ""  # of the model at path, as docs/export.md names them; empty: recognised
+    c.teacher.dtype = "float32"  # of the frozen parameters while it teaches; "bfloat16" or "int8" on accelerators
     c.teacher.adapt = True  # train it on the corpus first; False: it teaches as it came
     c.teacher.training = training(steps=80, learning_rate=1e-4)
     c.teacher.training.freeze = "embedding"  # tied, so the head too
 
     c.student = ConfigDict()
     c.student.path = "HuggingFaceTB/SmolLM2-135M"
+    c.student.licence = ""
     c.student.training = training(steps=80, learning_rate=3e-4)
 
     c.projection = ConfigDict()
@@ -69,7 +71,12 @@ def get_config() -> ConfigDict:
     c.evaluation.answers = 4  # held-out questions answered by each model in the report
     c.evaluation.answer_tokens = 32
 
-    c.export = ConfigDict({"dtype": "float32"})
+    c.export = ConfigDict()
+    c.export.dtype = "float32"  # of the stored weights
+    c.export.name = ""  # of the model and its folder; empty: that of the work folder, as the licences allow
+    c.export.licence_files = ""  # texts that the models' folders lack, separated by commas
+    c.export.push_to = ""  # "owner/name" on the Hugging Face hub; empty: nowhere
+    c.export.private = True  # of the repository that a push makes
     return c.lock()
 
 

@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     c.teacher = ConfigDict()
     c.teacher.path = ""
     c.teacher.licence = ""  # of the model at path, as docs/export.md names them; empty: recognised
-    c.teacher.dtype = "float32"  # of the frozen parameters while it teaches
+    c.teacher.dtype = "float32"  # of the frozen parameters while it teaches; bfloat16, or int8 (half of that)
     c.teacher.adapt = False  # train a teacher that has a path on the corpus first
     c.teacher.vocab_size = 3072
     c.teacher.shape = ConfigDict(

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from distil_jax import sharding
 from distil_jax.errors import UserError
 from distil_jax.models import hub
+from distil_jax.models.int8 import quantize
 from distil_jax.tokens.bytes import ByteTable
 from distil_jax.workdir import Workdir
 
@@ -83,10 +84,14 @@ def count(params: Any) -> int:
 
 
 def teacher(work: Workdir, mesh: Mesh, dtype: str = "float32") -> tuple[Any, Any]:
-    """The teacher that teaches: trained or adapted here, or as it came."""
+    """The teacher that teaches: trained or adapted here, or as it came. dtype "int8" holds its kernels in 8 bits and
+    the rest, norms and biases, in bfloat16."""
+    stored = "bfloat16" if dtype == "int8" else dtype
     if work.teacher_is_trained():
-        return trained(work, "teacher", mesh, dtype)
-    return untrained(work, "teacher", mesh, dtype)
+        model, params = trained(work, "teacher", mesh, stored)
+    else:
+        model, params = untrained(work, "teacher", mesh, stored)
+    return model, quantize(model, params) if dtype == "int8" else params
 
 
 def trained(work: Workdir, run: str, mesh: Mesh, dtype: str = "float32") -> tuple[Any, Any]:

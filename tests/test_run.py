@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 
 import distil_jax as dj
-from distil_jax import evaluate, learners, manifest, prepare, report, run, train
+from distil_jax import cli, evaluate, learners, manifest, prepare, report, run, train
 from distil_jax.config import load_config, track_reads
 from distil_jax.data import hpo
+from distil_jax.data.loader import Loader
 from distil_jax.data.sources import Quarantine
 from distil_jax.errors import UserError
+from distil_jax.eval import likelihood
 from distil_jax.metrics import read_metrics
+from distil_jax.models.int8 import cast
 from distil_jax.projection import Projection
 from distil_jax.tokens.align import ROOT, align_ids
 from distil_jax.workdir import Workdir
@@ -357,3 +360,29 @@ def test_prompts_that_cannot_be_continued_are_refused(finished):
     )
     assert both[0] == dj.generate(model, params, table, ["Question: What"], max_new_tokens=5)[0]
     assert len(jax.devices()) == 8
+
+
+def test_a_teacher_in_8_bits_keeps_its_perplexity(finished):
+    config, *_ = finished
+    work = Workdir(config)
+    mesh = learners.mesh_of(config)
+    loader = Loader(work / "corpus", work.require("corpus")["shards"]["test"], 8, 0)
+    nats = {}
+    for dtype in ("float32", "int8"):
+        model, params = learners.teacher(work, mesh, dtype)
+        scorer = likelihood.make_scorer(model, "teacher", mesh=mesh)
+        nats[dtype] = likelihood.sweep(scorer, cast(params, "float32"), loader.sweep(), mesh)["nats"].astype(np.float64)
+    tokens = np.count_nonzero(nats["float32"])
+    perplexity = {dtype: np.exp(n.sum() / tokens) for dtype, n in nats.items()}
+    assert 0 < abs(perplexity["int8"] / perplexity["float32"] - 1) < 0.005
+
+
+def test_the_exported_student_answers_by_its_config(finished, capsys):
+    config, summary, _ = finished
+    arguments = ["--config", str(PROJECT / "configs" / "tiny.py"), f"--config.workdir={config.workdir}"]
+    assert cli.main(["generate", *arguments, "--prompt", "Question: What", "--max-new-tokens", "5"]) == 0
+    model, params = dj.load_pretrained(summary["export"])
+    assert (
+        capsys.readouterr().out
+        == dj.generate(model, params, summary["export"], ["Question: What"], max_new_tokens=5)[0] + "\n"
+    )
