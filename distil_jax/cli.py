@@ -32,10 +32,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "project": ("distil_jax.project:main", "build, fit and measure the vocabulary projection"),
     "evaluate": ("distil_jax.evaluate:main", "held-out bits per byte, accuracy and agreement of every model"),
     "export": ("distil_jax.export:main", "the distilled student as a Hugging Face directory"),
+    "generate": ("distil_jax.generation.command:main", "ask a model, talk to it, or answer a file of prompts"),
     "report": ("distil_jax.report:main", "the table, summary.json and a page with curves and answers"),
     "doctor": ("distil_jax.doctor:main", "what this machine has, and the fix for each fault (--config is optional)"),
 }
 _CONFIG_OPTIONAL = ("doctor",)
+_OWN_ARGUMENTS = ("generate",)  # works on any model, with or without a config
 _STILL_USABLE = (
     "finished stages and the last whole checkpoint are still usable: free some space and give the same command again"
 )
@@ -69,6 +71,8 @@ def _dispatch(command: str, argv: list[str]) -> int:
     # transformers serves tokenizers here; that it finds no torch for its models is no news.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     main_fn = getattr(importlib.import_module(module), function)
+    if command in _OWN_ARGUMENTS:
+        return main_fn(argv)
     return _run_stage(main_fn, f"distil-jax {command}", argv, config_optional=command in _CONFIG_OPTIONAL)
 
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from distil_jax.losses import head
 from distil_jax.losses.kd import ProjectionTable
 from distil_jax.losses.schedules import Schedule
+from distil_jax.models.int8 import cast
 from distil_jax.tokens.align import ROOT
 
 Batch = dict[str, jax.Array]  # the fields of tokens/pack.py, [B, Ls] and [B, Lt]
@@ -55,7 +56,7 @@ def make_loss(objective: Objective) -> Callable[[Any, Frozen, Batch, jax.Array],
     dtype = jnp.dtype(o.compute_dtype)
 
     def hidden_of(model, params, batch, side):
-        params = jax.tree.map(lambda p: p.astype(dtype), params)
+        params = cast(params, dtype)
         hidden = model.hidden(
             params,
             batch[f"{side}_tokens"],

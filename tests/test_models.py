@@ -53,6 +53,16 @@ TORCH_CONFIGS = {
         tie_word_embeddings=True,
         rope_parameters=LLAMA3,
     ),
+    # Biases everywhere, and three query heads to each of three key heads.
+    "llama_biases": transformers.LlamaConfig(
+        **SIZES | {"num_attention_heads": 9},
+        hidden_size=36,
+        num_hidden_layers=2,
+        num_key_value_heads=3,
+        attention_bias=True,
+        mlp_bias=True,
+        rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0},
+    ),
     "llama_untied": transformers.LlamaConfig(
         **SIZES, hidden_size=32, num_hidden_layers=2, num_key_value_heads=2, head_dim=12, tie_word_embeddings=False
     ),
@@ -110,11 +120,15 @@ def test_every_layer_equals_transformers(pair, tokens_BxL):
         if last < count:
             with torch.no_grad():
                 theirs = pair.torch_model.model.norm(theirs)
-        # A layer whose two output kernels are zero adds nothing: the state after layer `last` reaches the final norm.
-        layers = pair.params["layers"]
-        attention = layers["attention"] | {"o": layers["attention"]["o"].at[last:].set(0)}
-        mlp = layers["mlp"] | {"down": layers["mlp"]["down"].at[last:].set(0)}
-        params = pair.params | {"layers": layers | {"attention": attention, "mlp": mlp}}
+        # A layer whose outputs are zero adds nothing: the state after layer `last` reaches the final norm.
+        layers = {
+            part: {
+                name: leaf.at[last:].set(0) if name in ("o", "o_bias", "down", "down_bias") else leaf
+                for name, leaf in leaves.items()
+            }
+            for part, leaves in pair.params["layers"].items()
+        }
+        params = pair.params | {"layers": layers}
         np.testing.assert_allclose(hidden(params, tokens_BxL), theirs.numpy(), atol=1e-4, rtol=0)
 
 
@@ -335,8 +349,6 @@ def test_models_of_equal_configs_are_equal():
 BAD_CONFIGS = {
     "model_type 'mistral'": {"model_type": "mistral"},
     "model_type None": {},
-    "attention_bias": {"model_type": "llama", "attention_bias": True},
-    "mlp_bias": {"model_type": "llama", "mlp_bias": True},
     "hidden_act": {"model_type": "llama", "hidden_act": "gelu"},
     "quantization_config": {"model_type": "llama", "quantization_config": {"bits": 4}},
     "rope_type 'yarn'": {"model_type": "llama", "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from distil_jax.losses.kd import ProjectionTable, mask_rows, project, projected_kl, teacher_logits
+from distil_jax.models.layers import unembed
 from distil_jax.sharding import BATCH_AXES
 
 BLOCK = 512  # tokens per block: at the real vocabularies 512 x (262,144 + 128,256) float32 is 0.8 GB
@@ -205,8 +206,7 @@ def _skip(with_gradients, one, d_unembedding):
 
 def _block(spec, with_gradients, unembedding_VxD, teacher, temperature, one, d_unembedding):
     hidden_NxD, labels_N, w_ce, w_kl = one["hidden"], one["labels"], one["ce_weights"], one["kl_weights"]
-    z_VxN = jnp.einsum("vd,nd->vn", unembedding_VxD, hidden_NxD, preferred_element_type=jnp.float32)
-    z_VxN = mask_rows(z_VxN, spec.text_vocab)
+    z_VxN = mask_rows(unembed(unembedding_VxD, hidden_NxD), spec.text_vocab)
     used_N = (w_ce != 0) | (w_kl != 0)
 
     log_normaliser_N = jax.nn.logsumexp(z_VxN, axis=0)

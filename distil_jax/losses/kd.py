@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from distil_jax.models.int8 import Int8
+from distil_jax.models.layers import unembed
+
 
 class ProjectionTable(NamedTuple):
     """The sparse `W: [Vt, Vs]` as a list of its entries, sorted by student token.
@@ -41,14 +44,14 @@ def mask_rows(logits_VxN: Float[Array, "V N"], text_vocab: int) -> Float[Array, 
 
 
 def teacher_logits(
-    hidden_NxDt: Float[Array, "N Dt"], unembedding_VtxDt: Float[Array, "Vt Dt"], mapped_Vt: Bool[Array, " Vt"]
+    hidden_NxDt: Float[Array, "N Dt"], unembedding_VtxDt: "Float[Array, 'Vt Dt'] | Int8", mapped_Vt: Bool[Array, " Vt"]
 ) -> Float[Array, "Vt N"]:
     """The teacher's logits for a block of positions, with every token that W does not map removed.
 
     The head may have more rows than the tokenizer has ids (padding: removed too), or fewer (Gemma 3's tokenizer has an
     image token that the text models leave out).
     """
-    t_VtxN = jnp.einsum("vd,nd->vn", unembedding_VtxDt, hidden_NxDt, preferred_element_type=jnp.float32)
+    t_VtxN = unembed(unembedding_VtxDt, hidden_NxDt)
     rows = unembedding_VtxDt.shape[0]
     mapped_Vt = jnp.pad(mapped_Vt[:rows], (0, max(0, rows - mapped_Vt.shape[0])))
     return jnp.where(mapped_Vt[:, None], t_VtxN, jnp.finfo(jnp.float32).min)

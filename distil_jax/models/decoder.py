@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from distil_jax.errors import UserError
 from distil_jax.models import layers
 from distil_jax.models.config import DecoderConfig
+from distil_jax.models.int8 import Int8
 
 Params = dict[str, Any]
 
@@ -25,7 +26,8 @@ class Weight(NamedTuple):
     """One row of a name table: a Hugging Face tensor and the parameter that holds it, read and written by the same row.
 
     `name` has {} for the layer index where `path` is a stacked parameter. `inputs` is None where both sides store the
-    same array; else the tensor is a torch Linear [out, in] and our kernel has that many leading input axes.
+    same array; else the tensor is a torch Linear [out, in] and our kernel has that many leading input axes (0 for its
+    bias: the same numbers, flat).
     """
 
     name: str
@@ -41,6 +43,8 @@ class Weight(NamedTuple):
         """Shape on the Hugging Face side of a parameter of `shape` (without the layer axis)."""
         if self.inputs is None:
             return tuple(shape)
+        if self.inputs == 0:
+            return (math.prod(shape),)
         return math.prod(shape[self.inputs :]), math.prod(shape[: self.inputs])
 
     def read(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -78,8 +82,8 @@ class Decoder(nnx.Module):
 class Model:
     """A decoder-only language model as pure functions of a parameter dict; equal configs make equal models.
 
-    Families set `block` (a module called as block(x, rope table, mask, return_map) -> x, map), `names` (the table of
-    Hugging Face weights) and `one_plus` (Gemma's norm), and say the kinds of their layers.
+    Families set `block` (a module called as block(x, rope table, mix) -> x, what mix returned beside), `names` (the
+    table of Hugging Face weights) and `one_plus` (Gemma's norm), and say the kinds of their layers.
     """
 
     block: ClassVar[type[nnx.Module]]
@@ -113,8 +117,16 @@ class Model:
 
     @property
     def weights(self) -> tuple[Weight, ...]:
-        """The rows of the name table that this model has (a tied model has no head of its own)."""
-        return tuple(w for w in self.names if w.path != ("lm_head",) or not self.config.tie_word_embeddings)
+        """The rows of the name table that this model has (a tied model has no head of its own, most have no biases)."""
+        pure = nnx.to_pure_dict(self._abstract)
+
+        def held(path):
+            tree = pure
+            for key in path:
+                tree = tree.get(key, {})
+            return tree != {}
+
+        return tuple(w for w in self.names if held(w.path))
 
     def init(self, key: Array, dtype=jnp.float32) -> Params:
         """Random parameters: Gaussians of deviation 1/sqrt(inputs), identity norms. Pure, so it can be jitted."""
@@ -167,11 +179,16 @@ class Model:
         tables = jnp.stack([layers.rope_table(positions, kind.frequencies) for kind in kinds])
         masks = jnp.stack([layers.attention_mask(segment_ids, kind.window) for kind in kinds])
 
-        decoder = nnx.merge(self._graphdef, params)
-        block_def, stacked = nnx.split(decoder.layers)
+        block_def, stacked = self.stacked_blocks(params)
 
         def run(x, kind, block_state, return_map=False):
-            return nnx.merge(block_def, block_state)(x, tables[kind], masks[kind], return_map)
+            def mix(q, k, v):
+                if not return_map:
+                    return layers.attend(q, k, v, masks[kind]), None
+                probabilities = layers.attention_map(q, k, masks[kind])
+                return layers.average(probabilities, v), probabilities
+
+            return nnx.merge(block_def, block_state)(x, tables[kind], mix)
 
         def run_span(x, start, stop):
             def body(x, xs):
@@ -183,10 +200,7 @@ class Model:
                 return jax.lax.scan(lambda x, block: body(x, (0, block)), x, span)[0]
             return jax.lax.scan(body, x, (jnp.asarray(kind_of_layer[start:stop]), span))[0]
 
-        x = jnp.take(decoder.embedding[...], tokens_BxL, axis=0)
-        if self.embedding_scale != 1.0:
-            # The scale itself is rounded to the dtype, as it was when Gemma was trained.
-            x = x * jnp.asarray(self.embedding_scale, x.dtype)
+        x = self.embed(params, tokens_BxL)
         maps, done = {}, 0
         for layer in sorted(set(attention_layers)):
             if done < layer:
@@ -198,8 +212,29 @@ class Model:
             done = layer + 1
         if done < count:
             x = run_span(x, done, count)
-        x = decoder.final_norm(x)
+        x = self.normed(params, x)
         return (x, maps) if attention_layers else x
+
+    def embed(self, params: Params, tokens_BxL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """The input of the first block."""
+        embedding = params["embedding"]
+        if isinstance(embedding, Int8):
+            dtype = params["final_norm"]["scale"].dtype  # the model computes in the dtype of what is not in 8 bits
+            scale_BxL = jnp.take(embedding.scale, tokens_BxL, axis=0).astype(dtype)
+            x = jnp.take(embedding.values, tokens_BxL, axis=0).astype(dtype) * scale_BxL[..., None]
+        else:
+            x = jnp.take(embedding, tokens_BxL, axis=0)
+        # The scale itself is rounded to the dtype, as it was when Gemma was trained.
+        return x if self.embedding_scale == 1.0 else x * jnp.asarray(self.embedding_scale, x.dtype)
+
+    def stacked_blocks(self, params: Params) -> tuple[Any, Any]:
+        """(description of one block, state of all of them with a leading layer axis): merge the first with one layer
+        of the second and call it as block(x, rope table, mix)."""
+        return nnx.split(nnx.merge(self._graphdef, params).layers)
+
+    def normed(self, params: Params, x_BxLxD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        """The final norm on the output of the last block."""
+        return nnx.merge(self._graphdef, params).final_norm(x_BxLxD)
 
     def apply(
         self,
@@ -210,6 +245,7 @@ class Model:
     ) -> Float[Array, "B L V"]:
         """Logits in float32, whole in memory; columns that are no text token hold the lowest float32."""
         hidden_BxLxD = self.hidden(params, tokens_BxL, segment_ids=segment_ids, positions=positions)
-        logits = jnp.einsum("bld,vd->blv", hidden_BxLxD, self.unembedding(params), preferred_element_type=jnp.float32)
+        scores_VxN = layers.unembed(self.unembedding(params), hidden_BxLxD.reshape(-1, hidden_BxLxD.shape[-1]))
+        logits = scores_VxN.T.reshape(*tokens_BxL.shape, -1)
         is_text = jnp.arange(self.config.vocab_size) < self.config.text_vocab_size
         return jnp.where(is_text[None, None, :], logits, layers.MASKED)

@@ -120,11 +120,11 @@ class Gemma3Block(nnx.Module):
         self.mlp = GatedMLP(config, rngs, dtype, activation=jax.nn.gelu)  # jax's gelu is the tanh approximation
         self.post_feedforward_norm = norm()
 
-    def __call__(self, x_BxLxD, table, mask_BxLxL, return_map=False):
-        attended, probabilities = self.attention(self.input_norm(x_BxLxD), table, mask_BxLxL, return_map)
+    def __call__(self, x_BxLxD, table, mix):
+        attended, extra = self.attention(self.input_norm(x_BxLxD), table, mix)
         x_BxLxD = x_BxLxD + self.post_attention_norm(attended)
         fed = self.mlp(self.pre_feedforward_norm(x_BxLxD))
-        return x_BxLxD + self.post_feedforward_norm(fed), probabilities
+        return x_BxLxD + self.post_feedforward_norm(fed), extra
 
 
 class Gemma3(Model):

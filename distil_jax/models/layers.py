@@ -7,6 +7,7 @@ broadcasts explicitly, so it runs under `jax_numpy_rank_promotion="raise"`.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,24 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from distil_jax.models.int8 import Int8
+
 MASKED = float(np.finfo(np.float32).min)  # finite, so a query that sees nothing gets a uniform softmax and no NaN
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple, std: float, dtype) -> nnx.Param:
     """A Gaussian parameter; `axes` names its logical axes for sharding (one name or None per axis)."""
     return nnx.Param((std * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype), axes=axes)
+
+
+def zeros(shape: tuple[int, ...], axes: tuple, dtype) -> nnx.Param:
+    """A parameter that starts at 0 (a bias)."""
+    return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
+
+
+def value(parameter: nnx.Param | None):
+    """The array behind a parameter (or the Int8 that stands in for it), None for one that this model lacks."""
+    return None if parameter is None else parameter.get_value()
 
 
 class RMSNorm(nnx.Module):
@@ -80,17 +93,30 @@ def attention_mask(segment_ids_BxL: Int[Array, "B L"], window: int | None = None
 
 
 def attention_map(
-    q_BxLxHxK: Float[Array, "B Lq H K"], k_BxLxHxK: Float[Array, "B Lk H K"], mask: Bool[Array, "b Lq Lk"]
+    q_BxLxHxK: Float[Array, "B Lq H K"], k_BxLxGxK: Float[Array, "B Lk G K"], mask: Bool[Array, "b Lq Lk"]
 ) -> Float[Array, "B H Lq Lk"]:
-    """Softmax of the scores over the keys, float32; q is already scaled."""
+    """Softmax of the scores over the keys, float32; q is already scaled; query head h reads key head h // (H/G)."""
+    k_BxLxHxK = repeat_heads(k_BxLxGxK, q_BxLxHxK.shape[2])
     scores = jnp.einsum("blhk,bmhk->bhlm", q_BxLxHxK, k_BxLxHxK, preferred_element_type=jnp.float32)
     return jax.nn.softmax(jnp.where(mask[:, None, :, :], scores, MASKED), axis=-1)
 
 
+def repeat_heads(x_BxLxGxK: Float[Array, "B L G K"], heads: int) -> Float[Array, "B L H K"]:
+    """Each key/value head once for every query head that reads it."""
+    groups = heads // x_BxLxGxK.shape[2]
+    return x_BxLxGxK if groups == 1 else jnp.repeat(x_BxLxGxK, groups, axis=2)
+
+
+def average(probabilities: Float[Array, "B H Lq Lk"], v_BxLxGxK: Float[Array, "B Lk G K"]) -> Float[Array, "B Lq H K"]:
+    """The values averaged by an attention map, in the dtype of the values."""
+    v_BxLxHxK = repeat_heads(v_BxLxGxK, probabilities.shape[1])
+    return jnp.einsum("bhlm,bmhk->blhk", probabilities.astype(v_BxLxHxK.dtype), v_BxLxHxK)
+
+
 def attend(
     q_BxLxHxK: Float[Array, "B L H K"],
-    k_BxLxHxK: Float[Array, "B L H K"],
-    v_BxLxHxK: Float[Array, "B L H K"],
+    k_BxLxGxK: Float[Array, "B L G K"],
+    v_BxLxGxK: Float[Array, "B L G K"],
     mask_BxLxL: Bool[Array, "b L L"],
 ) -> Float[Array, "B L H K"]:
     """Causal attention in at most four blocks of queries, each against the keys up to its own end.
@@ -99,30 +125,62 @@ def attend(
     3/8 of the arithmetic and of the score memory (the whole square is only a tile when L <= 64).
     """
     length = q_BxLxHxK.shape[1]
+    k, v = (repeat_heads(x, q_BxLxHxK.shape[2]) for x in (k_BxLxGxK, v_BxLxGxK))  # once, not in every block
     block = max(64, -(-length // 4))
     outputs = []
     for start in range(0, length, block):
         end = min(start + block, length)
-        probabilities = attention_map(q_BxLxHxK[:, start:end], k_BxLxHxK[:, :end], mask_BxLxL[:, start:end, :end])
-        outputs.append(jnp.einsum("bhlm,bmhk->blhk", probabilities.astype(v_BxLxHxK.dtype), v_BxLxHxK[:, :end]))
+        probabilities = attention_map(q_BxLxHxK[:, start:end], k[:, :end], mask_BxLxL[:, start:end, :end])
+        outputs.append(average(probabilities, v[:, :end]))
     return jnp.concatenate(outputs, axis=1)
 
 
-def linear(x: Float[Array, "B L ..."], kernel: Float[Array, "..."], *, inputs: int) -> Float[Array, "B L ..."]:
-    """`x @ kernel` over the last `inputs` axes of x, which are the first ones of the kernel.
+def linear(
+    x: Float[Array, "B L ..."], kernel: "Float[Array, '...'] | Int8", *, inputs: int, bias: Array | None = None
+) -> Float[Array, "B L ..."]:
+    """`x @ kernel + bias` over the last `inputs` axes of x, which are the first ones of the kernel.
 
     As one matrix product over all tokens: with [B, L] kept apart, XLA's CPU backend transposes activations for the
     kernel's gradient inside element-wise loops (measured 1.4 times slower, forward and backward, for a whole model).
     """
     outputs = kernel.shape[inputs:]
-    product = x.reshape(-1, math.prod(kernel.shape[:inputs])) @ kernel.reshape(-1, math.prod(outputs))
+    matrix, scale = (kernel.values, kernel.scale) if isinstance(kernel, Int8) else (kernel, None)
+    matrix = matrix.reshape(-1, math.prod(outputs))
+    product = x.reshape(-1, matrix.shape[0]) @ (matrix if scale is None else matrix.astype(x.dtype))
+    if scale is not None:
+        product = product * scale.reshape(1, -1).astype(x.dtype)
+    if bias is not None:
+        product = product + bias.reshape(1, -1)
     return product.reshape(*x.shape[: x.ndim - inputs], *outputs)
+
+
+def unembed(unembedding: "Float[Array, 'V D'] | Int8", hidden_NxD: Float[Array, "N D"]) -> Float[Array, "V N"]:
+    """The score of every token at every position, float32, vocabulary first (see losses/kd.py for why)."""
+    if isinstance(unembedding, Int8):
+        values = unembedding.values.astype(hidden_NxD.dtype)
+        scores = jnp.einsum("vd,nd->vn", values, hidden_NxD, preferred_element_type=jnp.float32)
+        return scores * unembedding.scale[:, None]
+    return jnp.einsum("vd,nd->vn", unembedding, hidden_NxD, preferred_element_type=jnp.float32)
+
+
+# What attention does between its projections: (q, k, v) -> (values mixed for each query, whatever else the caller
+# wants of this layer: a map, keys and values to cache, or None).
+Mix = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions and, for Gemma, a norm on each head's query and key."""
 
-    def __init__(self, config, rngs: nnx.Rngs, dtype, *, scale: float, head_norm: Callable[[], RMSNorm] | None = None):
+    def __init__(
+        self,
+        config,
+        rngs: nnx.Rngs,
+        dtype,
+        *,
+        scale: float,
+        head_norm: Callable[[], RMSNorm] | None = None,
+        bias: bool = False,
+    ):
         D, K = config.hidden_size, config.head_dim
         H, G = config.num_attention_heads, config.num_key_value_heads
         std = D**-0.5
@@ -133,44 +191,38 @@ class Attention(nnx.Module):
         self.k = normal(rngs, (D, G, K), ("embed", "kv_heads", "head_dim"), std, dtype)
         self.v = normal(rngs, (D, G, K), ("embed", "kv_heads", "head_dim"), std, dtype)
         self.o = normal(rngs, (H, K, D), ("heads", "head_dim", "embed"), out_std, dtype)
+        self.q_bias = zeros((H, K), ("heads", "head_dim"), dtype) if bias else None
+        self.k_bias = zeros((G, K), ("kv_heads", "head_dim"), dtype) if bias else None
+        self.v_bias = zeros((G, K), ("kv_heads", "head_dim"), dtype) if bias else None
+        self.o_bias = zeros((D,), ("embed",), dtype) if bias else None
         self.q_norm = head_norm() if head_norm else None
         self.k_norm = head_norm() if head_norm else None
 
-    def __call__(
-        self,
-        x_BxLxD: Float[Array, "B L D"],
-        table: Float[Array, "2 b L K2"],
-        mask_BxLxL: Bool[Array, "b L L"],
-        return_map: bool = False,
-    ) -> tuple[Float[Array, "B L D"], Float[Array, "B H L L"] | None]:
-        """Output, and the float32 softmax maps if asked (else None; the whole map is then never in memory)."""
-        q, k, v = (linear(x_BxLxD, kernel[...], inputs=1) for kernel in (self.q, self.k, self.v))
+    def __call__(self, x_BxLxD: Float[Array, "B L D"], table: Float[Array, "2 b L K2"], mix: Mix):
+        """The attended [B, L, D], and what `mix` says of this layer. `mix` gets q scaled, k and v with G heads."""
+        pairs = ((self.q, self.q_bias), (self.k, self.k_bias), (self.v, self.v_bias))
+        q, k, v = (linear(x_BxLxD, value(kernel), inputs=1, bias=value(bias)) for kernel, bias in pairs)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, table) * self.scale, apply_rope(k, table)
-        groups = q.shape[2] // k.shape[2]
-        if groups > 1:  # query head h reads key/value head h // groups
-            k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)
-        probabilities = None
-        if return_map:
-            probabilities = attention_map(q, k, mask_BxLxL)
-            out = jnp.einsum("bhlm,bmhk->blhk", probabilities.astype(v.dtype), v)
-        else:
-            out = attend(q, k, v, mask_BxLxL)
-        return linear(out, self.o[...], inputs=2), probabilities
+        out, extra = mix(apply_rope(q, table) * self.scale, apply_rope(k, table), v)
+        return linear(out, value(self.o), inputs=2, bias=value(self.o_bias)), extra
 
 
 class GatedMLP(nnx.Module):
     """`down(act(gate x) * up x)`: SwiGLU or GeGLU by the activation (Shazeer 2020, "GLU variants")."""
 
-    def __init__(self, config, rngs: nnx.Rngs, dtype, *, activation: Callable):
+    def __init__(self, config, rngs: nnx.Rngs, dtype, *, activation: Callable, bias: bool = False):
         D, F = config.hidden_size, config.intermediate_size
         self.activation = activation
         self.gate = normal(rngs, (D, F), ("embed", "mlp"), D**-0.5, dtype)
         self.up = normal(rngs, (D, F), ("embed", "mlp"), D**-0.5, dtype)
         self.down = normal(rngs, (F, D), ("mlp", "embed"), (F * 2 * config.num_hidden_layers) ** -0.5, dtype)
+        self.gate_bias = zeros((F,), ("mlp",), dtype) if bias else None
+        self.up_bias = zeros((F,), ("mlp",), dtype) if bias else None
+        self.down_bias = zeros((D,), ("embed",), dtype) if bias else None
 
     def __call__(self, x_BxLxD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        x_NxD = x_BxLxD.reshape(-1, x_BxLxD.shape[-1])  # see `linear`
-        gated_NxF = self.activation(x_NxD @ self.gate[...]) * (x_NxD @ self.up[...])
-        return (gated_NxF @ self.down[...]).reshape(x_BxLxD.shape)
+        gate_BxLxF = linear(x_BxLxD, value(self.gate), inputs=1, bias=value(self.gate_bias))
+        up_BxLxF = linear(x_BxLxD, value(self.up), inputs=1, bias=value(self.up_bias))
+        gated_BxLxF = self.activation(gate_BxLxF) * up_BxLxF
+        return linear(gated_BxLxF, value(self.down), inputs=1, bias=value(self.down_bias))

@@ -23,6 +23,8 @@ class LlamaConfig(DecoderConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
     rope_parameters: RopeParameters | Mapping | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
 
     model_type = "llama"
     architecture = "LlamaForCausalLM"
@@ -35,7 +37,7 @@ class LlamaConfig(DecoderConfig):
     @classmethod
     def from_hf(cls, raw: Mapping) -> "LlamaConfig":
         """From a config.json, old spelling (rope_theta, rope_scaling) or new (rope_parameters)."""
-        cls.refuse(raw, attention_bias=False, mlp_bias=False, hidden_act="silu")
+        cls.refuse(raw, hidden_act="silu")
         fields = cls.own_fields(raw)
         scaling = fields.get("rope_parameters") or raw.get("rope_scaling") or {}
         fields["rope_parameters"] = {"rope_theta": raw.get("rope_theta") or 10_000.0} | dict(scaling)
@@ -43,7 +45,7 @@ class LlamaConfig(DecoderConfig):
 
     def to_hf(self) -> dict:
         """The entries of a config.json in the spelling of transformers v5."""
-        fixed = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
+        fixed = {"hidden_act": "silu", "attention_dropout": 0.0}
         return fixed | self.hf_fields() | {"rope_parameters": self.rope_parameters.write()}
 
 
@@ -55,14 +57,14 @@ class LlamaBlock(nnx.Module):
             return RMSNorm(config.hidden_size, config.rms_norm_eps, one_plus=False, dtype=dtype)
 
         self.input_norm = norm()
-        self.attention = Attention(config, rngs, dtype, scale=config.head_dim**-0.5)
+        self.attention = Attention(config, rngs, dtype, scale=config.head_dim**-0.5, bias=config.attention_bias)
         self.post_attention_norm = norm()
-        self.mlp = GatedMLP(config, rngs, dtype, activation=jax.nn.silu)
+        self.mlp = GatedMLP(config, rngs, dtype, activation=jax.nn.silu, bias=config.mlp_bias)
 
-    def __call__(self, x_BxLxD, table, mask_BxLxL, return_map=False):
-        attended, probabilities = self.attention(self.input_norm(x_BxLxD), table, mask_BxLxL, return_map)
+    def __call__(self, x_BxLxD, table, mix):
+        attended, extra = self.attention(self.input_norm(x_BxLxD), table, mix)
         x_BxLxD = x_BxLxD + attended
-        return x_BxLxD + self.mlp(self.post_attention_norm(x_BxLxD)), probabilities
+        return x_BxLxD + self.mlp(self.post_attention_norm(x_BxLxD)), extra
 
 
 class Llama(Model):
@@ -74,13 +76,20 @@ class Llama(Model):
         Weight("model.embed_tokens.weight", ("embedding",)),
         Weight("model.layers.{}.input_layernorm.weight", ("layers", "input_norm", "scale")),
         Weight("model.layers.{}.self_attn.q_proj.weight", ("layers", "attention", "q"), inputs=1),
+        Weight("model.layers.{}.self_attn.q_proj.bias", ("layers", "attention", "q_bias"), inputs=0),
         Weight("model.layers.{}.self_attn.k_proj.weight", ("layers", "attention", "k"), inputs=1),
+        Weight("model.layers.{}.self_attn.k_proj.bias", ("layers", "attention", "k_bias"), inputs=0),
         Weight("model.layers.{}.self_attn.v_proj.weight", ("layers", "attention", "v"), inputs=1),
+        Weight("model.layers.{}.self_attn.v_proj.bias", ("layers", "attention", "v_bias"), inputs=0),
         Weight("model.layers.{}.self_attn.o_proj.weight", ("layers", "attention", "o"), inputs=2),
+        Weight("model.layers.{}.self_attn.o_proj.bias", ("layers", "attention", "o_bias"), inputs=0),
         Weight("model.layers.{}.post_attention_layernorm.weight", ("layers", "post_attention_norm", "scale")),
         Weight("model.layers.{}.mlp.gate_proj.weight", ("layers", "mlp", "gate"), inputs=1),
+        Weight("model.layers.{}.mlp.gate_proj.bias", ("layers", "mlp", "gate_bias"), inputs=0),
         Weight("model.layers.{}.mlp.up_proj.weight", ("layers", "mlp", "up"), inputs=1),
+        Weight("model.layers.{}.mlp.up_proj.bias", ("layers", "mlp", "up_bias"), inputs=0),
         Weight("model.layers.{}.mlp.down_proj.weight", ("layers", "mlp", "down"), inputs=1),
+        Weight("model.layers.{}.mlp.down_proj.bias", ("layers", "mlp", "down_bias"), inputs=0),
         Weight("model.norm.weight", ("final_norm", "scale")),
         Weight("lm_head.weight", ("lm_head",)),
     )
