@@ -26,6 +26,7 @@ from distil_jax.models.tensors import TensorFiles, read_json, write_json, write_
 
 FAMILIES = {
     "llama": (Llama, LlamaConfig),
+    "mistral": (Llama, LlamaConfig),  # where its window hides nothing; written as "llama"
     "gemma3_text": (Gemma3, Gemma3Config),
     "gemma3": (Gemma3, Gemma3Config),  # the vision wrapper; its text tower is read
 }
@@ -188,6 +189,11 @@ def _float_dtype(dtype) -> np.dtype:
 
 def _settle_head(model: Model, files: TensorFiles) -> Model:
     """Drops the duplicate head of a tied model; a head that differs is kept, untied, as transformers does."""
+    if not model.config.tie_word_embeddings and HEAD not in files and EMBEDDING in files:
+        raise UserError(
+            f"{files.directory}: tensor {HEAD!r} is missing and config.json does not tie it to the embedding; fetch "
+            'all files, or set "tie_word_embeddings" to true if the head is the embedding'
+        )
     if not model.config.tie_word_embeddings or HEAD not in files:
         return model
     if EMBEDDING not in files:
