@@ -1,5 +1,9 @@
 """Weights land in their shards: only what is needed is read, little is held at once, bad numbers are named."""
 
+import os
+import socket
+import subprocess
+import sys
 import tracemalloc
 
 import jax
@@ -128,6 +132,48 @@ def test_each_number_is_read_once_though_every_device_holds_it(stored, monkeypat
         counted.clear()
         load_pretrained(directory, mesh=mesh)
         assert sum(counted) == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+PROCESS = """
+import sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+from distil_jax.models import load_pretrained, save_pretrained
+from distil_jax.models.tensors import TensorFiles
+from distil_jax.sharding import make_mesh
+read, numbers = TensorFiles.read, 0
+def counting(self, name, parts):
+    global numbers
+    arrays = read(self, name, parts)
+    numbers += sum(array.size for array in arrays)
+    return arrays
+TensorFiles.read = counting
+model, params = load_pretrained(sys.argv[3], mesh=make_mesh(data=1, fsdp=4, tensor=2))
+save_pretrained(model, params, sys.argv[4])
+print("numbers", numbers)
+"""
+
+
+def test_two_processes_read_half_each_and_write_the_same_file(tmp_path):
+    model = model_from_config(CONFIGS["llama"])
+    directory = save_pretrained(model, random_params(model), tmp_path / "model")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    commands = [[sys.executable, "-c", PROCESS, address, str(i), str(directory), str(tmp_path / "out")] for i in (0, 1)]
+    running = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for command in commands]
+    try:
+        outputs = [process.communicate(timeout=100)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0]
+    norms = 5 * 32  # which no mesh axis cuts
+    half = norms + (sum(leaf.size for leaf in jax.tree.leaves(model.abstract_params())) - norms) // 2
+    assert [int(line.split()[1]) for out in outputs for line in out.splitlines() if "numbers" in line] == [half, half]
+    assert (tmp_path / "out" / SINGLE).read_bytes() == (directory / SINGLE).read_bytes()
 
 
 @pytest.mark.parametrize("mesh", [None, dict(data=1, fsdp=8)])
