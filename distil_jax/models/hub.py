@@ -221,7 +221,7 @@ def _hf_tensors(model: Model, params: Params, dtype: np.dtype) -> Iterator[tuple
             value = multihost_utils.process_allgather(value, tiled=True)
         host = np.asarray(value)
         for layer, name in enumerate(shards.names(weight, leaf.shape)):
-            yield name, weight.write(host[layer] if weight.stacked else host).astype(dtype)
+            yield name, weight.write(host[layer] if weight.stacked else host).astype(dtype, copy=False)
 
 
 def _special_ids(config: DecoderConfig, tokenizer) -> dict:
