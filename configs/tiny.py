@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     # A model has either a path (a Hugging Face directory or hub id) or a shape and a vocabulary size to be made from.
     c.teacher = ConfigDict()
     c.teacher.path = ""
+    c.teacher.licence = ""  # of the model at path, as docs/export.md names them; empty: recognised
     c.teacher.dtype = "float32"  # of the frozen parameters while it teaches
     c.teacher.adapt = False  # train a teacher that has a path on the corpus first
     c.teacher.vocab_size = 3072
@@ -51,6 +52,7 @@ def get_config() -> ConfigDict:
 
     c.student = ConfigDict()
     c.student.path = ""
+    c.student.licence = ""
     c.student.vocab_size = 2048
     c.student.shape = ConfigDict(
         {
@@ -89,12 +91,18 @@ def get_config() -> ConfigDict:
 
     c.evaluation = ConfigDict()
     c.evaluation.batch_size = 16
+    c.evaluation.rows = 0  # packed test rows that are scored, spread over the split; 0: all
     c.evaluation.curve_rows = 64  # validation rows behind the curve of the report
     c.evaluation.bootstrap = 2000  # resamples of documents behind each interval
     c.evaluation.answers = 6  # held-out questions answered by each model in the report
     c.evaluation.answer_tokens = 48
 
-    c.export = ConfigDict({"dtype": "float32"})
+    c.export = ConfigDict()
+    c.export.dtype = "float32"  # of the stored weights
+    c.export.name = ""  # of the model and its folder; empty: that of the work folder, as the licences allow
+    c.export.licence_files = ""  # texts that the models' folders lack, separated by commas
+    c.export.push_to = ""  # "owner/name" on the Hugging Face hub; empty: nowhere
+    c.export.private = True  # of the repository that a push makes
     return c.lock()
 
 
@@ -107,7 +115,8 @@ def training(steps: int, learning_rate: float) -> ConfigDict:
     t.warmup = 50
     t.end_fraction = 0.05  # of the peak, at the last step
     t.weight_decay = 0.1
-    t.clip = 1.0  # global gradient norm
+    t.clip = 1.0  # global gradient norm, over the parameters that learn
+    t.freeze = ""  # parameters that stay as they are: "embedding", or dotted paths separated by commas
     t.compute_dtype = "float32"
     t.remat = False  # recompute activations in the backward pass
     t.log_every = 10

@@ -14,6 +14,7 @@ agreement_with_teacher: at root positions, how often the student's most likely t
 teacher's.
 """
 
+import functools
 import sys
 from typing import Any
 
@@ -45,14 +46,17 @@ def main(config: ConfigDict) -> dict[str, Any]:
     e = config.evaluation
     with jax.set_mesh(mesh):
         loader = Loader(work / "corpus", corpus["shards"][SPLIT], e.batch_size, 0)
-        rows = collect(loader, e.batch_size)
+        rows = collect(loader, e)
         first_piece = Projection.load(work / "projection", teacher=tables["teacher"], student=tables["student"]).best()
 
+        @functools.cache  # the students are one model, which compiles once
+        def scorer_of(side, model):
+            return likelihood.make_scorer(model, side, block=config.objective.block, mesh=mesh)
+
         def scored(side, model, params):
-            scorer = likelihood.make_scorer(model, side, block=config.objective.block, mesh=mesh)
-            values = likelihood.sweep(scorer, params, loader.sweep(e.batch_size), mesh)
-            values = {name: array[: loader.records] for name, array in values.items()}
-            return values | {"parameters": sum(p.size for p in jax.tree.leaves(params))}
+            values = likelihood.sweep(scorer_of(side, model), params, loader.sweep(e.batch_size, e.rows), mesh)
+            values = {name: array[: len(loader.spread(e.rows))] for name, array in values.items()}
+            return values | {"parameters": learners.count(params)}
 
         scores = {"teacher": scored("teacher", *learners.teacher(work, mesh))}
         scores["student_before"] = scored("student", *learners.untrained(work, "student", mesh))
@@ -81,10 +85,10 @@ def main(config: ConfigDict) -> dict[str, Any]:
     return stage.finish(**facts)
 
 
-def collect(loader: Loader, batch_size: int) -> dict[str, np.ndarray]:
-    """All rows of a split on the host: field -> [R, L]."""
-    batches = list(loader.sweep(batch_size))
-    return {name: np.concatenate([b[name] for b in batches])[: loader.records] for name in batches[0]}
+def collect(loader: Loader, e: ConfigDict) -> dict[str, np.ndarray]:
+    """The rows that are scored, on the host: field -> [R, L]."""
+    batches = list(loader.sweep(e.batch_size, e.rows))
+    return {name: np.concatenate([b[name] for b in batches])[: len(loader.spread(e.rows))] for name in batches[0]}
 
 
 def difference(bits_D: np.ndarray, minus_D: np.ndarray, bytes_D: np.ndarray, e: ConfigDict) -> dict[str, Any]:

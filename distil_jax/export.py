@@ -1,121 +1,216 @@
-"""Stage 5: the distilled student as a Hugging Face directory, checked by reading it back.
+"""Stage 5: the distilled student as a Hugging Face directory that is fit to publish, checked by reading it back.
 
-    distil-jax export --config configs/tiny.py
+    distil-jax export --config configs/tiny.py [--config.export.push_to=owner/Name]
 
-Writes export/ : config.json, generation_config.json, model.safetensors, the student's tokenizer, README.md (a model
-card).
+Writes export/NAME/: config.json, generation_config.json, safetensors, the student's tokenizer and chat template,
+README.md (the model card), NOTICE and the licence texts that the student and the teacher demand (docs/export.md).
 """
 
 import json
+import os
+import shutil
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from distil_jax import learners
+import distil_jax
+from distil_jax import duties, learners, licences, manifest, readback
+from distil_jax.card import card
+from distil_jax.duties import Duties
 from distil_jax.errors import UserError
+from distil_jax.metrics import is_first_process
 from distil_jax.models import hub
-from distil_jax.tokens.bytes import ByteTable
-from distil_jax.workdir import Workdir
+from distil_jax.push import push
+from distil_jax.workdir import Workdir, names_of
 
-CHECKED_DOCUMENTS = 8
+GENERATION_CONFIG = "generation_config.json"
 
 
 def main(config: ConfigDict) -> dict[str, Any]:
-    """Exports the distilled student unless that is done; returns the manifest."""
+    """Exports the distilled student unless that is done, says what came of it, and pushes it if config.export.push_to
+    says where; returns the manifest."""
+    facts = make(config)
+    if is_first_process():
+        print(describe(facts), flush=True)
+    publish(config, facts)
+    return facts
+
+
+def make(config: ConfigDict) -> dict[str, Any]:
+    """The stage without its words: exports unless that is done; returns the manifest."""
     work = Workdir(config)
     if found := work.done("export"):
         return found
-    distilled, corpus = work.require("distilled"), work.require("corpus")
+    done = {name: work.require(name) for name in ("corpus", "projection", "distilled", "evaluate")}
+    owed = duties_of(config)
+    name = config.export.name
+    if name:
+        owed.check_name(name, "config.export.name")
+    else:
+        name = owed.named(work.root.resolve().name)
+    if name in ("key", manifest.NAME):
+        raise UserError(f"{work / 'export'} keeps a file called {name}: choose another config.export.name")
     stage = work.begin("export")
     mesh = learners.mesh_of(config)
-    model_folder = stage.folder / "model"
+    student = config.student.path
     with jax.set_mesh(mesh):
         model, params = learners.trained(work, "distilled", mesh)
-        hub.save_pretrained(
-            model, params, model_folder, tokenizer=learners.hf_tokenizer(work, "student"), dtype=config.export.dtype
+        checks = export_model(
+            model,
+            params,
+            stage.folder / name,
+            tokenizer=learners.hf_tokenizer(work, "student"),
+            documents=readback.read_documents(work / "corpus" / "documents.jsonl"),
+            dtype=config.export.dtype,
+            files=owed.files,
+            write_card=lambda checks: card(name, config, done, owed, checks),
+            generation_config=read_generation_config(hub.resolve(student)) if student else None,
+            mesh=mesh,
         )
-        texts = checked_texts(work / "corpus" / "documents.jsonl")
-        difference = verify(model, params, model_folder, texts, config.export.dtype)
-    (model_folder / "README.md").write_text(card(config, corpus, distilled, difference), encoding="utf-8")
-    return stage.finish(path=str(model_folder), largest_logit_difference=difference, checked_texts=len(texts))
+    return stage.finish(
+        path=str(stage.folder / name),
+        name=name,
+        bytes=sum(file.stat().st_size for file in (stage.folder / name).iterdir()),
+        checks=checks,
+        licences={o.role: {"model": o.name, "licences": list(o.licences)} for o in owed.origins},
+        missing=list(owed.missing),
+    )
 
 
-def checked_texts(file: Path) -> list[str]:
-    """Held-out documents that the export is compared on."""
-    with file.open(encoding="utf-8") as lines:
-        documents = [json.loads(line) for _, line in zip(range(CHECKED_DOCUMENTS), lines, strict=False)]
-    return [d["prompt"] + d["completion"] for d in documents]
+def duties_of(config: ConfigDict) -> Duties:
+    """What the licences of the config's student and teacher demand."""
+    origins = []
+    for role in ("student", "teacher"):
+        path, stated = config[role].path, config[role].licence
+        found = licences.origin(role, path, stated, hub.resolve(path) if path else None)
+        origins += [found] if found else []
+    given = [Path(name) for name in names_of(config.export.licence_files)]
+    return duties.gather(origins, given, made_by=f"distil_jax {distil_jax.__version__}")
 
 
-def verify(model: Any, params: Any, folder: Path, texts: list[str], dtype: str) -> float:
-    """Reads the directory back; returns the largest difference of a logit from the trained model's on `texts`.
+def export_model(
+    model: Any,
+    params: Any,
+    directory: str | os.PathLike,
+    *,
+    tokenizer: Any,
+    documents: Sequence[tuple[str, str]],
+    dtype: str,
+    files: Mapping[str, bytes],
+    write_card: Callable[[Mapping[str, Any]], str],
+    generation_config: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
+) -> dict[str, Any]:
+    """Writes a model as a Hugging Face directory, checks it, and only then gives it its name; returns what
+    `readback.compare` found.
 
-    Raises UserError if a weight stored in `dtype` is not the trained one cast to it, or the tokenizer gives other ids.
+    tokenizer: as transformers loads it. documents: held-out (prompt, completion) pairs to compare on. dtype: of the
+    stored weights. files: name -> content, put beside the weights. write_card: README.md from the checks.
+    generation_config: the student's own, kept but for the special ids.
+    Everything, card and licences included, is written into a hidden folder beside `directory` and renamed once. After
+    a failure, an interruption or a full disk that folder is gone and `directory` is as it was before. In a run of
+    several processes all must call it; the first one writes. Raises UserError if the directory does not read back, or
+    `dtype` cannot hold the model.
     """
-    again, stored = hub.load_pretrained(folder, dtype=dtype)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(stored), strict=True):
-        if not np.array_equal(np.asarray(a.astype(dtype)), np.asarray(b)):
-            raise UserError(
-                f"export to {folder} failed: {jax.tree_util.keystr(path)} does not read back as it was written"
-            )
-    from transformers import AutoTokenizer
+    target = Path(directory).absolute()
+    partial = target.with_name(f".{target.name}.partial")
+    first = is_first_process()
+    readback.check_finite(params, dtype)
+    try:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        hub.save_pretrained(model, params, partial, tokenizer=tokenizer, dtype=dtype)
+        if first and generation_config:
+            write_generation_config(partial / GENERATION_CONFIG, generation_config)
+        checks = readback.compare(
+            model, params, partial, tokenizer=tokenizer, documents=documents, dtype=dtype, mesh=mesh
+        )
+        if first:
+            for name, content in files.items():
+                (partial / name).write_bytes(content)
+            (partial / "README.md").write_text(write_card(checks), encoding="utf-8")
+            _flush(partial)
+            _replace(partial, target)
+    except BaseException:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return checks
 
-    tokenizer, table = AutoTokenizer.from_pretrained(folder), ByteTable.from_tokenizer(folder)
-    encoded = [table.encode(text) for text in texts]
-    for text, ids in zip(texts, encoded, strict=True):
-        if tokenizer(text, add_special_tokens=False)["input_ids"] != ids.tolist():
-            raise UserError(
-                f"export to {folder} failed: its tokenizer gives other ids than training's for {text[:40]!r}"
-            )
-    longest = max(map(len, encoded))
-    tokens_BxL = jnp.asarray([np.pad(ids, (0, longest - len(ids))) for ids in encoded])
-    segment_ids = jnp.asarray([np.arange(longest) < len(ids) for ids in encoded], jnp.int32)
-    before = jax.jit(model.apply)(params, tokens_BxL, segment_ids)
-    after = jax.jit(again.apply)(stored, tokens_BxL, segment_ids)
-    return float(jnp.max(jnp.abs(before - after) * segment_ids[..., None]))
+
+def _replace(partial: Path, target: Path) -> None:
+    """Renames; an earlier export steps aside first and is removed last."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def card(config: ConfigDict, corpus: dict[str, Any], distilled: dict[str, Any], difference: float) -> str:
-    """The model card: what it is, what it was taught on, how the export was checked, what it is not for."""
-    provenance = corpus["provenance"]
+def _flush(folder: Path) -> None:
+    """Asks the disk to hold what was written, so that a full or failing one is found out before the rename. The weights
+    get the mode of the other files: safetensors makes them for their owner alone."""
+    mode = (folder / "config.json").stat().st_mode & 0o777
+    for file in folder.iterdir():
+        file.chmod(mode)
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+
+
+def read_generation_config(directory: Path) -> dict[str, Any] | None:
+    """The generation_config.json of a model directory, if it has one."""
+    file = directory / GENERATION_CONFIG
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def write_generation_config(file: Path, source: Mapping[str, Any]) -> None:
+    """Puts the source's settings into the written `file`, whose special ids stay. A list of end tokens that holds ours
+    is kept: an instruct model ends its turn with another token than its text."""
+    ours = json.loads(file.read_text(encoding="utf-8"))
+    ours.pop("_from_model_config", None)  # transformers would derive all of it anew
+    ours = {key: value for key, value in ours.items() if value is not None}
+    ends = source.get("eos_token_id")
+    if isinstance(ends, list) and ours.get("eos_token_id") in ends:
+        ours["eos_token_id"] = ends
+    dropped = ("_from_model_config", "transformers_version")
+    manifest.write_json_atomic(file, {key: value for key, value in source.items() if key not in dropped} | ours)
+
+
+def publish(config: ConfigDict, facts: Mapping[str, Any]) -> str | None:
+    """Pushes a finished export where config.export.push_to says, if it says so; returns the URL of the commit.
+
+    Raises UserError, one line, if it may not be published or the hub does not take it. The export stays.
+    """
+    repo, private = config.export.push_to, config.export.private
+    if not repo or not is_first_process():
+        return None
+    duties_of(config).check_name(repo.rpartition("/")[2], "config.export.push_to")
+    url = push(Path(facts["path"]), repo, private=private, missing=facts["missing"])
+    print(f"pushed to {repo}: {url}", flush=True)
+    return url
+
+
+def describe(facts: Mapping[str, Any]) -> str:
+    """A finished export in a few lines for the terminal."""
+    checks = facts["checks"]
     lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [distillation, medical]",
-        "---",
-        "",
-        f"# {Path(config.workdir).name}, distilled",
-        "",
-        f"A student of {distilled['parameters']:,} parameters, taught by "
-        f"{config.teacher.path or 'a teacher trained on the same corpus'} across tokenizers with distil_jax.",
-        "",
-        "**Research only. Not for clinical use: it has not been evaluated for any medical purpose.**",
-        "",
-        "## Data",
-        "",
-        *(f"- {name}: {value}" for name, value in provenance.items() if isinstance(value, str)),
-        *(f"- licence of {name} ({count} rows)" for name, count in provenance.get("licences", {}).items()),
-        f"- rows: {corpus['rows']}",
-        "",
-        "## Training",
-        "",
-        f"- {distilled['steps']} steps; held-out bits per byte on the validation split: "
-        f"{distilled['validation_bits_per_byte']:.4f}",
-        f"- temperature {config.objective.temperature.kind} {config.objective.temperature.start} to "
-        f"{config.objective.temperature.end}; alpha {config.objective.alpha.start} to {config.objective.alpha.end}",
-        "",
-        "## Export",
-        "",
-        f"- read back and compared: weights bit for bit in {config.export.dtype}, token ids equal, "
-        f"largest difference of a logit {difference:.2e}",
+        f"export: {facts['path']}, {facts['bytes'] / 1e6:,.1f} MB, {checks['dtype']}",
+        f"checked: {checks['parameters']:,} weights bit for bit, {checks['ids']:,} ids of {checks['texts']:,} texts",
     ]
-    return "\n".join(lines) + "\n"
+    if checks["documents"]:
+        change = checks["bits_per_byte_stored"] - checks["bits_per_byte_trained"]
+        lines[-1] += f", logits within {checks['largest_logit_difference']:.1e}, {change:+.1e} bits per byte"
+    if facts["missing"]:
+        lines += ["not ready to publish; missing:", *(f"  - {what}" for what in facts["missing"])]
+    else:
+        lines.append("ready to publish, as far as its licences ask for files, notices and a name")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ def mesh_of(config: ConfigDict) -> Mesh:
 def tokenizer_directory(work: Workdir, side: str) -> Path:
     """Where a side's tokenizer lies: with the model that was brought, else with the corpus it was trained for."""
     path = work.config[side].path
+    if not path and "shape" not in work.config[side]:
+        raise UserError(f"config.{side}.path is empty, and this config has no config.{side}.shape to make a model from")
     return hub.resolve(path) if path else work / "tokenizers" / side
 
 
@@ -43,8 +45,8 @@ def hf_tokenizer(work: Workdir, side: str) -> Any:
 def untrained(work: Workdir, side: str, mesh: Mesh, dtype: str = "float32") -> tuple[Any, Any]:
     """(model, params) before any training of ours: the checkpoint at `path`, or random weights of `shape`."""
     part = work.config[side]
-    table = ByteTable.from_tokenizer(tokenizer_directory(work, side))
     if part.path:
+        table = ByteTable.from_tokenizer(tokenizer_directory(work, side))
         model, params = hub.load_pretrained(part.path, dtype=dtype, mesh=mesh)
         largest = max(int(np.flatnonzero(table.is_text).max()), *table.roles.values())
         if largest >= model.config.vocab_size:
@@ -53,6 +55,18 @@ def untrained(work: Workdir, side: str, mesh: Mesh, dtype: str = "float32") -> t
                 f"{model.config.vocab_size} rows: they do not belong together"
             )
         return model, params
+    model = description(work, side)
+    key = jax.random.fold_in(jax.random.key(work.config.seed), SEED_OF[side])
+    init = jax.jit(model.init, static_argnums=1, out_shardings=sharding.param_shardings(model, mesh))
+    return model, init(key, dtype)
+
+
+def description(work: Workdir, side: str) -> Any:
+    """The model of `untrained` without its parameters."""
+    part = work.config[side]
+    if part.path:
+        return hub.load_model(part.path)
+    table = ByteTable.from_tokenizer(tokenizer_directory(work, side))
     fields = dict(part.shape.items()) | {
         "vocab_size": table.vocab_size,
         "tie_word_embeddings": True,
@@ -60,10 +74,12 @@ def untrained(work: Workdir, side: str, mesh: Mesh, dtype: str = "float32") -> t
         "eos_token_id": table.roles.get("eos"),
         "pad_token_id": table.roles.get("pad"),
     }
-    model = hub.model_from_config(fields)
-    key = jax.random.fold_in(jax.random.key(work.config.seed), SEED_OF[side])
-    init = jax.jit(model.init, static_argnums=1, out_shardings=sharding.param_shardings(model, mesh))
-    return model, init(key, dtype)
+    return hub.model_from_config(fields)
+
+
+def count(params: Any) -> int:
+    """How many numbers a tree of parameters holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def teacher(work: Workdir, mesh: Mesh, dtype: str = "float32") -> tuple[Any, Any]:

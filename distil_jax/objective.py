@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from distil_jax.freezing import merge
 from distil_jax.losses import head
 from distil_jax.losses.kd import ProjectionTable
 from distil_jax.losses.schedules import Schedule
@@ -32,6 +33,7 @@ class Frozen(NamedTuple):
     specialty_weights_S: Float[Array, " S"]
     teacher: Any = None  # parameters of the teacher
     projection: ProjectionTable | None = None
+    own: Any = None  # the frozen part of the learning model's parameters (freezing.py); None: all of it learns
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,10 @@ class Objective:
 
 
 def make_loss(objective: Objective) -> Callable[[Any, Frozen, Batch, jax.Array], tuple[jax.Array, dict[str, Any]]]:
-    """`loss(params, frozen, batch, step) -> (scalar, metrics)`; a metric is (sum, count) over the global batch."""
+    """`loss(params, frozen, batch, step) -> (scalar, metrics)`; a metric is (sum, count) over the global batch.
+
+    `params` is what learns; with `frozen.own` it makes the whole model.
+    """
     o = objective
     dtype = jnp.dtype(o.compute_dtype)
 
@@ -71,6 +76,7 @@ def make_loss(objective: Objective) -> Callable[[Any, Frozen, Batch, jax.Array],
         if o.side == "student":
             weights = weights * frozen.specialty_weights_S[batch["specialty"]]
         total = jnp.maximum(jnp.sum(weights), 1e-6)
+        params = merge(params, frozen.own or {})
         hidden, unembedding = hidden_of(o.model, params, batch, o.side)
         options = {
             "label_smoothing": o.label_smoothing,

@@ -58,7 +58,7 @@ def main(config: ConfigDict) -> dict[str, Any]:
         fitted.save(stage.folder)
 
         # Measured on held-out text, as built and as fitted.
-        held_out = gather(hidden_of, params, loader("test").sweep(), mesh)
+        held_out = gather(hidden_of, params, loader("test").sweep(rows=config.evaluation.rows), mesh)
         unigram = np.load(work / "corpus" / "student_unigram.npy")
 
         def measure(W):
@@ -116,7 +116,7 @@ def top(unembedding: jax.Array, W: Projection, hidden_NxDt: np.ndarray, k: int) 
     mapped = jnp.asarray(W.mapped)
 
     @jax.jit
-    def block(hidden):
+    def block(hidden, unembedding):
         q = jax.nn.softmax(teacher_logits(hidden, unembedding, mapped), axis=0)
         probs, ids = jax.lax.top_k(q.T, min(k, q.shape[0]))
         return ids, probs
@@ -124,7 +124,7 @@ def top(unembedding: jax.Array, W: Projection, hidden_NxDt: np.ndarray, k: int) 
     size, ids, probs = 512, [], []
     for at in range(0, len(hidden_NxDt), size):
         part = hidden_NxDt[at : at + size]
-        i, p = block(np.pad(part, ((0, size - len(part)), (0, 0))))
+        i, p = block(np.pad(part, ((0, size - len(part)), (0, 0))), unembedding)
         ids.append(np.asarray(i)[: len(part)])
         probs.append(np.asarray(p)[: len(part)])
     return np.concatenate(ids), np.concatenate(probs)

@@ -10,6 +10,7 @@ W is learned from text and not through the distillation loss: through the loss, 
 the student predicts already (docs/projection.md).
 """
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -205,29 +206,6 @@ class Projection:
         """
         table, Vs = self.table(), self.student_vocab
 
-        def q_of(hidden):
-            return jax.nn.softmax(teacher_logits(hidden, unembedding_VtxDt, table.mapped), axis=0)
-
-        def nats_of(distribution, targets):
-            # The floor keeps one impossible token from making the whole measure infinite; it costs 69 nats.
-            return -jnp.log(jnp.maximum(jnp.take_along_axis(distribution, targets[None], axis=0)[0], 1e-30))
-
-        @jax.jit
-        def total(hidden, valid):
-            return jnp.sum(q_of(hidden) * valid[None], axis=1)
-
-        @jax.jit
-        def values(hidden, teacher_targets, student_targets, pi, projected_pi):
-            q = q_of(hidden)
-            p = project(q, table, Vs)
-            xlogy = lambda a, b: jnp.where(a > 0, a * jnp.log(jnp.where(a > 0, b, 1.0)), 0.0)  # noqa: E731
-            return {
-                "kl": jnp.sum(xlogy(q, q) - xlogy(q, pi[:, None]), axis=0),
-                "kl_projected": jnp.sum(xlogy(p, p) - xlogy(p, projected_pi[:, None]), axis=0),
-                "teacher": nats_of(q, teacher_targets),
-                "projected": nats_of(p, student_targets),
-            }
-
         N = len(teacher_targets_N)
         if N == 0:
             raise UserError("no root position to measure the projection on: is the held-out split empty?")
@@ -242,11 +220,12 @@ class Projection:
         for at, (hidden,) in zip(range(0, N, block), blocks(hidden_NxDt), strict=True):
             ones = np.zeros(block, np.float32)
             ones[: min(block, N - at)] = valid[at : at + block]
-            pi = pi + np.asarray(total(hidden, ones), np.float64)
+            pi = pi + np.asarray(_sum_of_q(hidden, ones, unembedding_VtxDt, table.mapped), np.float64)
         pi = jnp.asarray(pi / N, jnp.float32)
         projected_pi = project(pi[:, None], table, Vs)[:, 0]
         parts = [
-            values(h, t, s, pi, projected_pi) for h, t, s in blocks(hidden_NxDt, teacher_targets_N, student_targets_N)
+            _measures(Vs, h, t, s, unembedding_VtxDt, table, pi, projected_pi)
+            for h, t, s in blocks(hidden_NxDt, teacher_targets_N, student_targets_N)
         ]
         v = {name: np.concatenate([np.asarray(p[name], np.float64) for p in parts])[:N] for name in parts[0]}
         unigram = -np.log(unigram_Vs[student_targets_N])
@@ -314,6 +293,35 @@ def _count_corpus(corpus: Iterable[str], teacher: ByteTable, student: ByteTable)
         student_ids.append(a.student_ids[root])
     empty: Sequence[np.ndarray] = [np.zeros(0, np.int32)]
     return np.concatenate(teacher_ids or empty), np.concatenate(student_ids or empty)
+
+
+# The head and W are arguments: as a constant of the function a head of 262,144 rows takes minutes to compile, and every
+# W would compile anew.
+
+
+@jax.jit
+def _sum_of_q(hidden_NxDt, valid_N, unembedding, mapped):
+    """The teacher's distributions at some positions, added up, [Vt]."""
+    return jnp.sum(jax.nn.softmax(teacher_logits(hidden_NxDt, unembedding, mapped), axis=0) * valid_N[None], axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _measures(student_vocab, hidden_NxDt, teacher_targets, student_targets, unembedding, table, pi, projected_pi):
+    """What `Projection.measure` averages, in nats at each position."""
+    q = jax.nn.softmax(teacher_logits(hidden_NxDt, unembedding, table.mapped), axis=0)
+    p = project(q, table, student_vocab)
+    xlogy = lambda a, b: jnp.where(a > 0, a * jnp.log(jnp.where(a > 0, b, 1.0)), 0.0)  # noqa: E731
+
+    def nats_of(distribution, targets):
+        # The floor keeps one impossible token from making the whole measure infinite; it costs 69 nats.
+        return -jnp.log(jnp.maximum(jnp.take_along_axis(distribution, targets[None], axis=0)[0], 1e-30))
+
+    return {
+        "kl": jnp.sum(xlogy(q, q) - xlogy(q, pi[:, None]), axis=0),
+        "kl_projected": jnp.sum(xlogy(p, p) - xlogy(p, projected_pi[:, None]), axis=0),
+        "teacher": nats_of(q, teacher_targets),
+        "projected": nats_of(p, student_targets),
+    }
 
 
 def _row_log_softmax(logits: jax.Array, ids: jax.Array) -> jax.Array:

@@ -24,7 +24,7 @@ def main(config: ConfigDict) -> dict[str, Any]:
         stages.append(("teacher", lambda c: train.train(c, "teacher")))
     stages.append(("projection", project.main))
     stages += [(run, lambda c, run=run: train.train(c, run)) for run in config.runs]
-    stages += [("evaluate", evaluate.main), ("export", export.main), ("report", report.main)]
+    stages += [("evaluate", evaluate.main), ("export", export.make), ("report", report.main)]
     for number, (name, stage) in enumerate(stages, 1):
         done = work.done(name) is not None
         say(f"[{number}/{len(stages)}] {name}: " + ("done already" if done else f"writing {work / name}"))
@@ -35,7 +35,8 @@ def main(config: ConfigDict) -> dict[str, Any]:
     summary = report.read_summary(work)
     if is_first_process():
         report.print_table(summary)
-        print(f"\nreport: {work / 'report' / 'index.html'}\nstudent: {summary['export']}", flush=True)
+        print(f"\nreport: {work / 'report' / 'index.html'}\n{export.describe(work.require('export'))}", flush=True)
+    export.publish(config, work.require("export"))
     return summary
 
 

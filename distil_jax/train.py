@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from distil_jax import learners, sharding
+from distil_jax import freezing, learners, sharding
 from distil_jax.checkpoint import Checkpoints, on_sigterm
 from distil_jax.data.loader import Loader
 from distil_jax.errors import UserError
@@ -60,6 +60,7 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
     mesh = learners.mesh_of(config)
     with jax.set_mesh(mesh):
         run = run_of(config, name)
+        check_frozen(work)
         model, params = learners.untrained(work, run.side, mesh)
         tables = learners.tables_of(work)
         objective, frozen = recipe(config, work, run, model, mesh, corpus, tables)
@@ -68,8 +69,11 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
         t = run.training
         rate = learning_rate(t.learning_rate, t.warmup, t.steps, t.end_fraction)
         optimizer = make_optimizer(rate, weight_decay=t.weight_decay, clip=t.clip)
-        state = placed(jax.jit(init_state, static_argnums=1)(params, optimizer), optimizer, model, mesh)
-        parameters = sum(p.size for p in jax.tree.leaves(params))
+        parameters = learners.count(params)
+        params, own = freezing.split(params, t.freeze)
+        frozen, trainable = frozen._replace(own=own), learners.count(params)
+        shardings = freezing.split(sharding.param_shardings(model, mesh), t.freeze)[0]
+        state = placed(jax.jit(init_state, static_argnums=1)(params, optimizer), optimizer, shardings, mesh)
         del params
         checkpoints = Checkpoints(stage.folder / "checkpoints", keep=2, save_every=t.checkpoint_every)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
@@ -90,7 +94,8 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
         names = corpus["specialties"]
         with metrics, Progress(t.steps, name, start=start) as progress, on_sigterm() as stop:
             if start == 0:
-                metrics.write(0, **curve(state["params"]))
+                sizes = {"parameters": parameters, "trainable_parameters": trainable}
+                metrics.write(0, **sizes, **curve(freezing.merge(state["params"], own)))
             pending = None
             for done, batch in enumerate(itertools.islice(loader.iterate(start), t.steps - start), start + 1):
                 tokens = int((batch[f"{run.side}_segment_ids"] > 0).sum())
@@ -104,7 +109,7 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
                     log(metrics, progress, *pending, t, names, stage.folder)
                     pending = None
                 if evaluates:
-                    metrics.write(done, **curve(state["params"]))
+                    metrics.write(done, **curve(freezing.merge(state["params"], own)))
                 if saves:
                     checkpoints.save(done, state, force=stop.requested)
                 if stop.requested:
@@ -112,13 +117,15 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
                     print(f"{name}: stopped at step {done}, state saved; start it again to go on", file=sys.stderr)
                     raise SystemExit(128 + signal.SIGTERM)
         checkpoints.close()
+        params = freezing.merge(state["params"], own)
         if start == t.steps:  # it was finished, but stopped before it could say so
-            curve(state["params"])
+            curve(params)
         tokenizer = learners.hf_tokenizer(work, run.side)
-        hub.save_pretrained(model, state["params"], stage.folder / "model", tokenizer=tokenizer)
+        hub.save_pretrained(model, params, stage.folder / "model", tokenizer=tokenizer)
     return stage.finish(
         steps=t.steps,
         parameters=parameters,
+        trainable_parameters=trainable,
         skipped=int(state["skipped"]),
         validation_bits_per_byte=curve.last,
         loop_seconds=seconds_of(stage.folder / "metrics.jsonl"),
@@ -159,9 +166,16 @@ def recipe(config, work, run, model, mesh, corpus, tables) -> tuple[Objective, F
     return objective, Frozen(jnp.asarray(weights), teacher_params, projection.table())
 
 
-def placed(state: dict[str, Any], optimizer: optax.GradientTransformation, model: Any, mesh: Any) -> dict[str, Any]:
+def check_frozen(work: Workdir) -> None:
+    """Raises UserError now for a training.freeze that the last run of a recipe would stumble over."""
+    for side in (("teacher",) if work.teacher_is_trained() else ()) + ("student",):
+        abstract = learners.description(work, side).abstract_params()
+        freezing.split(abstract, work.config[side].training.freeze)
+
+
+def placed(state: dict[str, Any], optimizer: optax.GradientTransformation, shardings: Any, mesh: Any) -> dict[str, Any]:
     """Every array of the state on the mesh; optimiser moments lie as their parameters do."""
-    shardings, whole = sharding.param_shardings(model, mesh), sharding.replicated(mesh)
+    whole = sharding.replicated(mesh)
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
         jax.device_put,

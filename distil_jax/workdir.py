@@ -28,13 +28,14 @@ STUDENT_RUNS = ("control", "smoothing", "distilled")
 READS: dict[str, tuple[str, ...]] = {
     "corpus": ("data", "teacher.path", "teacher.vocab_size", "student.path", "student.vocab_size"),
     "teacher": ("seed", "teacher.shape", "teacher.adapt", "teacher.training", "evaluation.curve_rows"),
-    "projection": ("seed", "projection", "evaluation.bootstrap"),
+    "projection": ("seed", "projection", "evaluation.bootstrap", "evaluation.rows"),
     **{
         run: ("seed", "student.shape", "student.training", "objective", "evaluation.curve_rows", "teacher.dtype")
         for run in STUDENT_RUNS
     },
     "evaluate": ("evaluation", "runs"),
-    "export": ("export",),
+    # Not where it is pushed to: that changes no file.
+    "export": ("export.dtype", "export.name", "export.licence_files", "teacher.licence", "student.licence"),
     "report": (),
 }
 COMMAND = {"corpus": "prepare", "projection": "project"}  # the command that makes a stage, where it has another name
@@ -69,7 +70,7 @@ class Workdir:
             "smoothing": ("corpus",),
             "distilled": ("projection",),
             "evaluate": ("projection", *self.config.runs),
-            "export": ("distilled",),
+            "export": ("distilled", "evaluate"),  # its card tells the results
             "report": ("evaluate", "export"),
         }[stage]
 
@@ -81,7 +82,10 @@ class Workdir:
         }
         facts = [self.key(other) for other in self.inputs(stage)]
         if stage == "corpus":
-            facts += [_file_facts(name) for name in files_of(self.config)]
+            facts += [_file_facts("config.data.files", name) for name in files_of(self.config)]
+        if stage == "export":
+            given = names_of(self.config.export.licence_files)
+            facts += [_file_facts("config.export.licence_files", name) for name in given]
         return config_hash(stage, distil_jax.__version__, config, facts)
 
     def done(self, stage: str) -> dict[str, Any] | None:
@@ -134,12 +138,17 @@ class Stage:
 
 def files_of(config: ConfigDict) -> list[str]:
     """The user's data files, from the comma-separated `data.files`."""
-    return [name.strip() for name in config.data.files.split(",") if name.strip()]
+    return names_of(config.data.files)
 
 
-def _file_facts(name: str) -> tuple[str, int, int]:
+def names_of(text: str) -> list[str]:
+    """The parts of a comma-separated list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _file_facts(key: str, name: str) -> tuple[str, int, int]:
     path = Path(name)
     if not path.is_file():
-        raise UserError(f"config.data.files names {name}, which is not a file")
+        raise UserError(f"{key} names {name}, which is not a file")
     stat = path.stat()
     return name, stat.st_size, stat.st_mtime_ns

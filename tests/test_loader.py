@@ -141,6 +141,16 @@ def test_sweeps_of_another_size_fill_up_the_last_batch(shards):
         assert segments[:R].all() and not segments[R:].any()
 
 
+def test_a_sweep_of_some_rows_takes_them_from_all_over(shards):
+    loader = Loader(*shards, 4, seed=2)
+    for rows in (1, 7, R - 1):
+        chosen = loader.spread(rows)
+        assert len(chosen) == len(set(chosen)) == rows and chosen[-1] >= R - 1 - R // rows
+        got = [number for batch in loader.sweep(3, rows) for number in numbers(batch)]
+        assert got == [*(chosen + 1), *[0] * (-rows % 3)]
+    assert len(loader.spread(0)) == len(loader.spread(R + 5)) == R
+
+
 def test_damaged_shards_are_named(tmp_path):
     part = write_shards(some_rows(), tmp_path, "train", rows_per_shard=10)
     name = part["files"][1]["name"]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import distil_jax as dj
-from distil_jax import evaluate, export, learners, manifest, prepare, report, run, train
+from distil_jax import evaluate, learners, manifest, prepare, report, run, train
 from distil_jax.config import load_config, track_reads
 from distil_jax.data import hpo
 from distil_jax.data.sources import Quarantine
@@ -186,16 +186,6 @@ def test_the_export_loads_in_transformers_with_the_same_logits_and_text(finished
     assert dj.generate(model, params, table, [text], max_new_tokens=6) == [
         table.decode_bytes([i for i in out if table.is_text[i]]).decode(errors="replace")
     ]
-
-
-def test_an_export_that_does_not_read_back_is_refused(finished):
-    config, summary, _ = finished
-    work, texts = Workdir(config), ["Question: What is Ageusia?\nAnswer:"]
-    model, params = learners.trained(work, "distilled", learners.mesh_of(config))
-    assert export.verify(model, params, Path(summary["export"]), texts, "float32") == 0
-    other = params | {"embedding": params["embedding"].at[3, 3].add(1e-3)}
-    with pytest.raises(UserError, match="embedding.* does not read back"):
-        export.verify(model, other, Path(summary["export"]), texts, "float32")
 
 
 def test_a_second_run_skips_everything_and_a_changed_key_remakes_only_what_reads_it(finished):

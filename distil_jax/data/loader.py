@@ -160,18 +160,25 @@ class Loader:
                 ahead.append(pool.submit(self.batch, step))
                 yield ahead.popleft().result()
 
-    def sweep(self, batch_size: int | None = None) -> Iterator[Batch]:
-        """Every row once, in the order of the shards, in global batches of `batch_size` (default: the loader's own).
+    def spread(self, rows: int) -> np.ndarray:
+        """Indices of `rows` rows spread evenly over the shards; of all rows where 0 or more than there are is asked."""
+        wanted = self.records if rows == 0 else min(rows, self.records)
+        return np.arange(wanted) * self.records // wanted
+
+    def sweep(self, batch_size: int | None = None, rows: int = 0) -> Iterator[Batch]:
+        """The rows of `spread` (default: every row), each once and in order, in global batches of `batch_size`
+        (default: the loader's own).
 
         The last batch is filled up with rows of zeros: their segment ids are 0, so they count for nothing. Every
         process gets the same number of batches.
         """
         batch_size = batch_size or self.batch_size
         local = self._local(batch_size)
-        for start in range(self.process_index * local, self.process_index * local + self.records, batch_size):
-            rows = [self._rows[n] for n in range(start, min(start + local, self.records))]
+        chosen, first = self.spread(rows), self.process_index * local
+        for start in range(first, first + len(chosen), batch_size):
+            members = [self._rows[int(n)] for n in chosen[start : start + local]]
             batch = {name: np.zeros((local, length), np.int32) for name, length in self.fields.items()}
-            for n, row in enumerate(rows):
+            for n, row in enumerate(members):
                 for name, values in row.items():
                     batch[name][n] = values
             yield batch

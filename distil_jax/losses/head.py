@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -23,6 +24,7 @@ from distil_jax.losses.kd import ProjectionTable, mask_rows, project, projected_
 from distil_jax.models.layers import unembed
 from distil_jax.sharding import BATCH_AXES
 
+NONE, HIDDEN, ALL = range(3)  # the gradients that a pass forms: of nothing, of the hidden states, of both inputs
 BLOCK = 512  # tokens per block: at the real vocabularies 512 x (262,144 + 128,256) float32 is 0.8 GB
 
 
@@ -74,7 +76,8 @@ def distill(
     teacher's and the student's full softmax at `temperature`; the temperature is applied before the projection, with
     which it does not commute. Weights are final: whoever calls has divided them by the global sum.
 
-    The gradient flows into `hidden_BxLxD` and `unembedding_VsxD` only. Rows of the student's head at or above
+    The gradient flows into `hidden_BxLxD` and `unembedding_VsxD` only; the second, [Vs, D], is formed only where it is
+    asked for (a frozen embedding is not). Rows of the student's head at or above
     `text_vocab`, and teacher tokens that the projection does not map, are in no softmax. `block` is the number of
     tokens handled at once on a device.
 
@@ -111,31 +114,38 @@ def score(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _head(spec, hidden, unembedding, labels, ce_weights, kl_weights, teacher, temperature):
-    return _on_mesh(spec, False, hidden, unembedding, labels, ce_weights, kl_weights, teacher, temperature)[0]
+    return _on_mesh(spec, NONE, hidden, unembedding, labels, ce_weights, kl_weights, teacher, temperature)[0]
 
 
-def _head_forward(spec, hidden, unembedding, labels, ce_weights, kl_weights, teacher, temperature):
-    return _on_mesh(spec, True, hidden, unembedding, labels, ce_weights, kl_weights, teacher, temperature)
+def _head_forward(spec, *perturbed):
+    """With symbolic zeros each array comes with the word whether anything differentiates with respect to it."""
+    wanted = ALL if perturbed[1].perturbed else HIDDEN
+    values = jax.tree.map(lambda leaf: leaf.value, perturbed, is_leaf=lambda x: hasattr(x, "perturbed"))
+    return _on_mesh(spec, wanted, *values)
 
 
 def _head_backward(spec, gradients, cotangents):
     d_hidden, d_unembedding = gradients
     scale = cotangents[0]
-    return (d_hidden * scale.astype(d_hidden.dtype), d_unembedding * scale.astype(d_unembedding.dtype)) + (None,) * 5
+    if isinstance(scale, SymbolicZero):  # only per-token values were differentiated, and they carry no gradient
+        return (None,) * 7
+    if d_unembedding is not None:
+        d_unembedding *= scale.astype(d_unembedding.dtype)
+    return (d_hidden * scale.astype(d_hidden.dtype), d_unembedding) + (None,) * 5
 
 
-_head.defvjp(_head_forward, _head_backward)
+_head.defvjp(_head_forward, _head_backward, symbolic_zeros=True)
 
 
-def _on_mesh(spec, with_gradients, hidden, unembedding, labels, ce_weights, kl_weights, teacher, temperature):
+def _on_mesh(spec, wanted, hidden, unembedding, labels, ce_weights, kl_weights, teacher, temperature):
     """Each device streams its own tokens; scalar and unembedding gradient are summed over devices once."""
-    stream = functools.partial(_stream, spec, with_gradients)
+    stream = functools.partial(_stream, spec, wanted)
     if spec.mesh is None:
         return stream((), hidden, unembedding, labels, ce_weights, kl_weights, teacher, temperature)
     axes = tuple(a for a in BATCH_AXES if a in spec.mesh.axis_names)
     tokens, whole = PartitionSpec(axes), PartitionSpec()
     teacher_specs = None if teacher is None else Teacher(tokens, whole, ProjectionTable(*(whole,) * 4))
-    gradient_specs = (tokens, whole) if with_gradients else None
+    gradient_specs = {NONE: None, HIDDEN: (tokens, None), ALL: (tokens, whole)}[wanted]
     return jax.shard_map(
         functools.partial(stream, axes),
         mesh=spec.mesh,
@@ -146,7 +156,7 @@ def _on_mesh(spec, with_gradients, hidden, unembedding, labels, ce_weights, kl_w
 
 
 def _stream(
-    spec, with_gradients, axes, hidden_BxLxD, unembedding_VxD, labels_BxL, ce_weights, kl_weights, teacher, temperature
+    spec, wanted, axes, hidden_BxLxD, unembedding_VxD, labels_BxL, ce_weights, kl_weights, teacher, temperature
 ):
     shape = labels_BxL.shape
     tokens = shape[0] * shape[1]
@@ -172,17 +182,17 @@ def _stream(
     if teacher is not None:
         inputs["teacher_hidden"] = blocks(teacher.hidden_BxLxDt, teacher.hidden_BxLxDt.shape[2:])
 
-    compute = functools.partial(_block, spec, with_gradients, unembedding_VxD, teacher, temperature)
+    compute = functools.partial(_block, spec, wanted, unembedding_VxD, teacher, temperature)
 
     def body(carry, one):
         loss, d_unembedding = carry
         used = jnp.any(one["ce_weights"] != 0) | jnp.any(one["kl_weights"] != 0)
         block_loss, values, d_hidden, d_unembedding = jax.lax.cond(
-            used, compute, functools.partial(_skip, with_gradients), one, d_unembedding
+            used, compute, functools.partial(_skip, wanted), one, d_unembedding
         )
         return (loss + block_loss, d_unembedding), (values, d_hidden)
 
-    empty = jnp.zeros(unembedding_VxD.shape, jnp.float32) if with_gradients else None
+    empty = jnp.zeros(unembedding_VxD.shape, jnp.float32) if wanted == ALL else None
     (loss, d_unembedding), (values, d_hidden) = jax.lax.scan(body, (jnp.float32(0), empty), inputs)
 
     def restore(array, trailing=()):
@@ -191,20 +201,22 @@ def _stream(
 
     output = HeadOutput(*(restore(v) for v in values))
     loss = jax.lax.psum(loss, axes) if axes else loss
-    if not with_gradients:
+    if wanted == NONE:
         return (loss, output), None
-    d_unembedding = jax.lax.psum(d_unembedding, axes) if axes else d_unembedding
     d_hidden = restore(d_hidden, hidden_BxLxD.shape[2:])
+    if wanted == HIDDEN:
+        return (loss, output), (d_hidden, None)
+    d_unembedding = jax.lax.psum(d_unembedding, axes) if axes else d_unembedding
     return (loss, output), (d_hidden, d_unembedding.astype(unembedding_VxD.dtype))
 
 
-def _skip(with_gradients, one, d_unembedding):
+def _skip(wanted, one, d_unembedding):
     zero = jnp.zeros(one["labels"].shape, jnp.float32)
-    d_hidden = jnp.zeros_like(one["hidden"]) if with_gradients else None
+    d_hidden = jnp.zeros_like(one["hidden"]) if wanted != NONE else None
     return jnp.float32(0), (zero, zero, zero, jnp.zeros_like(one["labels"])), d_hidden, d_unembedding
 
 
-def _block(spec, with_gradients, unembedding_VxD, teacher, temperature, one, d_unembedding):
+def _block(spec, wanted, unembedding_VxD, teacher, temperature, one, d_unembedding):
     hidden_NxD, labels_N, w_ce, w_kl = one["hidden"], one["labels"], one["ce_weights"], one["kl_weights"]
     z_VxN = mask_rows(unembed(unembedding_VxD, hidden_NxD), spec.text_vocab)
     used_N = (w_ce != 0) | (w_kl != 0)
@@ -238,7 +250,7 @@ def _block(spec, with_gradients, unembedding_VxD, teacher, temperature, one, d_u
         jnp.where(taught_N, kl1_N, 0),
         jnp.where(used_N, prediction_N, 0),
     )
-    if not with_gradients:
+    if wanted == NONE:
         return loss, values, None, None
 
     is_label = jnp.arange(z_VxN.shape[0])[:, None] == labels_N[None]
@@ -251,7 +263,8 @@ def _block(spec, with_gradients, unembedding_VxD, teacher, temperature, one, d_u
         d_z += (w_kl * temperature**2)[None] * d_kl_VxN
     d_z = d_z.astype(unembedding_VxD.dtype)
     d_hidden = jnp.einsum("vn,vd->nd", d_z, unembedding_VxD, preferred_element_type=jnp.float32)
-    d_unembedding += jnp.einsum("vn,nd->vd", d_z, hidden_NxD, preferred_element_type=jnp.float32)
+    if wanted == ALL:
+        d_unembedding += jnp.einsum("vn,nd->vd", d_z, hidden_NxD, preferred_element_type=jnp.float32)
     return loss, values, d_hidden.astype(hidden_NxD.dtype), d_unembedding
 
 

@@ -1,0 +1,98 @@
+"""A real pair on a laptop: Gemma 3 270M, adapted to medical text, teaches SmolLM2 135M across their tokenizers.
+
+    distil-jax run --config configs/gemma270m_smollm135m.py
+
+Fetches both models from the hub (0.8 GB; the teacher's licence has to be accepted there first), or takes directories:
+
+    distil-jax run --config configs/gemma270m_smollm135m.py \\
+        --config.teacher.path=DIR --config.student.path=DIR --config.data.files=train.jsonl
+
+The teacher first learns the definitions of the Human Phenotype Ontology with its embedding frozen: 100 of its 268
+million parameters move, and the gradient and the optimiser state of a 262,144 x 640 matrix never exist. Then the same
+student is trained three times with equal steps and batches: control, smoothing, distilled.
+
+It prints, and writes to summary.json and report/index.html, bits per byte, token accuracy and agreement with the
+teacher of the teacher, the untouched student and each trained one, with their intervals (docs/recipes.md).
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 0  # of the order of the data, and of the fit of W
+    c.workdir = "work/gemma270m_smollm135m"  # everything a run writes, about 15 GB
+    c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: whatever the other axes leave
+
+    c.data = ConfigDict()
+    c.data.files = ""  # your JSONL, Parquet or CSV files, separated by commas; empty: the Human Phenotype Ontology
+    c.data.student_length = 256  # tokens in a packed row
+    c.data.teacher_length = 256
+    c.data.rows_per_shard = 2048
+
+    c.teacher = ConfigDict()
+    c.teacher.path = "google/gemma-3-270m"  # a hub id or a Hugging Face directory
+    c.teacher.dtype = "float32"  # of the frozen parameters while it teaches; "bfloat16" on accelerators
+    c.teacher.adapt = True  # train it on the corpus first; False: it teaches as it came
+    c.teacher.training = training(steps=80, learning_rate=1e-4)
+    c.teacher.training.freeze = "embedding"  # tied, so the head too
+
+    c.student = ConfigDict()
+    c.student.path = "HuggingFaceTB/SmolLM2-135M"
+    c.student.training = training(steps=80, learning_rate=3e-4)
+
+    c.projection = ConfigDict()
+    c.projection.size = 8  # student tokens that one teacher token may become
+    c.projection.prior = 1.0  # observations that the first piece is worth beside the counts
+    c.projection.fit_rows = 64  # packed training rows whose positions W is fitted on
+    c.projection.fit_top = 32  # of the teacher's tokens at each position
+    c.projection.fit_steps = 100
+    c.projection.fit_learning_rate = 0.05
+    c.projection.fit_keep = 0.1  # weight of KL(W || W as built)
+
+    # sum_n w_n (alpha_n CE_n + (1 - alpha_n) tau^2 KL_n) / sum_n w_n
+    c.objective = ConfigDict()
+    c.objective.alpha = schedule("constant", 0.5, 0.5)  # share of cross-entropy where the teacher has something to say
+    c.objective.temperature = schedule("constant", 1.0, 1.0)
+    c.objective.specialty_weighting = "given"  # or "inverse_frequency"
+    c.objective.specialty_weights = ""  # "cardiology=1.2,radiology=1.0"; 1 where a specialty is not named
+    c.objective.label_smoothing = 0.1  # of the smoothing control alone
+    c.objective.block = 256  # tokens whose logits exist at one time; 262,144 x 256 float32 is 0.25 GiB
+
+    c.runs = ("control", "smoothing", "distilled")  # students to train, of these three
+
+    c.evaluation = ConfigDict()
+    c.evaluation.batch_size = 8
+    c.evaluation.rows = 64  # packed test rows that are scored, spread over the split; 0: all
+    c.evaluation.curve_rows = 16  # validation rows behind the curve of the report
+    c.evaluation.bootstrap = 2000  # resamples of documents behind each interval
+    c.evaluation.answers = 4  # held-out questions answered by each model in the report
+    c.evaluation.answer_tokens = 32
+
+    c.export = ConfigDict({"dtype": "float32"})
+    return c.lock()
+
+
+def training(steps: int, learning_rate: float) -> ConfigDict:
+    """How one model is trained. Pretrained weights move less than fresh ones: low rates, little decay."""
+    t = ConfigDict()
+    t.steps = steps
+    t.batch_size = 8  # packed rows, over all devices
+    t.learning_rate = learning_rate  # peak; warm-up, then a cosine
+    t.warmup = 10
+    t.end_fraction = 0.1  # of the peak, at the last step
+    t.weight_decay = 0.01
+    t.clip = 1.0  # global gradient norm, over the parameters that learn
+    t.freeze = ""  # parameters that stay as they are: "embedding", or dotted paths separated by commas
+    t.compute_dtype = "float32"  # "bfloat16" on accelerators; on a CPU it is slower
+    t.remat = False  # recompute activations in the backward pass
+    t.log_every = 5
+    t.evaluate_every = 40
+    t.checkpoint_every = 40
+    t.max_skipped = 5  # updates with a loss or gradient that is not finite, before the run stops
+    return t
+
+
+def schedule(kind: str, start: float, end: float) -> ConfigDict:
+    """From start to end over the run: constant, linear, cosine or exponential."""
+    return ConfigDict({"kind": kind, "start": start, "end": end})
