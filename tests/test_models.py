@@ -347,7 +347,7 @@ def test_models_of_equal_configs_are_equal():
 
 
 BAD_CONFIGS = {
-    "model_type 'mistral'": {"model_type": "mistral"},
+    "model_type 'mamba'": {"model_type": "mamba"},
     "model_type None": {},
     "hidden_act": {"model_type": "llama", "hidden_act": "gelu"},
     "quantization_config": {"model_type": "llama", "quantization_config": {"bits": 4}},

@@ -33,16 +33,19 @@ class RopeParameters:
             raise UserError(
                 f"config: rope_type {self.rope_type!r} is not supported; supported are {', '.join(self.NEEDED)}"
             )
-        for key in self.NEEDED[self.rope_type]:
-            if getattr(self, key) is None:
+        for key in ("rope_theta", *self.NEEDED[self.rope_type]):
+            value = getattr(self, key)
+            if value is None:
                 raise UserError(f"config: rope_type {self.rope_type!r} needs {key!r} in rope_parameters")
+            if not isinstance(value, int | float) or value <= 0:
+                raise UserError(f"config: {key} of rope_parameters is {value!r}; it must be a number above 0")
 
     @classmethod
     def read(cls, given: "Mapping | RopeParameters | None", *, theta: float, max_positions: int) -> "RopeParameters":
         """From a `rope_parameters` (v5) or `rope_scaling` (older) mapping; `theta` where it has no rope_theta."""
         if isinstance(given, RopeParameters):
             return given
-        given = dict(given or {})
+        given = cls.entries(given)
         if "type" in given:  # the oldest spelling
             given.setdefault("rope_type", given["type"])
         if given.get("partial_rotary_factor", 1.0) != 1.0:
@@ -51,6 +54,13 @@ class RopeParameters:
             given.setdefault("original_max_position_embeddings", max_positions)
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{"rope_theta": theta} | {k: v for k, v in given.items() if k in known and v is not None})
+
+    @staticmethod
+    def entries(given: Mapping | None) -> dict:
+        """A copy of a mapping in config.json. Raises UserError if it is none."""
+        if not isinstance(given or {}, Mapping):
+            raise UserError(f"config: rope parameters are {given!r}; they must be an object with a rope_type")
+        return dict(given or {})
 
     def write(self) -> dict:
         """The `rope_parameters` mapping of transformers v5."""
@@ -96,23 +106,36 @@ class DecoderConfig:
     architecture: ClassVar[str]
 
     def __post_init__(self):
-        if self.num_key_value_heads is None:
-            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        if self.head_dim is None:
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if isinstance(self.eos_token_id, list):  # hashable, as configs are static arguments of jit
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for key in (*sizes, "num_key_value_heads", "head_dim", "max_position_embeddings"):
-            if not isinstance(getattr(self, key), int) or getattr(self, key) < 1:
-                raise UserError(f"config: {key} is {getattr(self, key)!r}; it must be a whole number above 0")
-        for whole, part in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
+        for key in (*sizes, "num_key_value_heads", "max_position_embeddings"):
+            self._at_least_one(key)
+        wholes = [("num_attention_heads", "num_key_value_heads")]
+        if self.head_dim is None:
+            wholes.append(("hidden_size", "num_attention_heads"))
+        for whole, part in wholes:
             if getattr(self, whole) % getattr(self, part):
                 raise UserError(
                     f"config: {whole} {getattr(self, whole)} is no multiple of {part} {getattr(self, part)}; change one"
                 )
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        self._at_least_one("head_dim")
         if self.head_dim % 2:
             raise UserError(f"config: head_dim {self.head_dim} is odd; rotary positions need an even number")
+
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise UserError(f"config: tie_word_embeddings is {self.tie_word_embeddings!r}; it must be true or false")
+        if not isinstance(self.rms_norm_eps, int | float) or self.rms_norm_eps <= 0:
+            raise UserError(f"config: rms_norm_eps is {self.rms_norm_eps!r}; it must be a number above 0")
+
+    def _at_least_one(self, key: str):
+        value = getattr(self, key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"config: {key} is {value!r}; it must be a whole number above 0")
 
     @property
     def text_vocab_size(self) -> int:

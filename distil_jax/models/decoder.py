@@ -47,10 +47,6 @@ class Weight(NamedTuple):
             return (math.prod(shape),)
         return math.prod(shape[self.inputs :]), math.prod(shape[: self.inputs])
 
-    def read(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """Hugging Face -> ours."""
-        return tensor if self.inputs is None else tensor.T.reshape(shape)
-
     def write(self, array: np.ndarray) -> np.ndarray:
         """Ours -> Hugging Face."""
         return array if self.inputs is None else array.reshape(self.hf_shape(array.shape)[::-1]).T

@@ -77,6 +77,8 @@ class Gemma3Config(DecoderConfig):
     def from_hf(cls, raw: Mapping) -> "Gemma3Config":
         """From the config.json of a text model or of the vision wrapper, old or new spelling."""
         if "text_config" in raw:
+            if not isinstance(raw["text_config"], Mapping):
+                raise UserError("config.json: text_config is no object; fetch the file again")
             outer = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
             raw = dict(raw["text_config"]) | {key: raw[key] for key in outer if key in raw}
         cls.refuse(raw, attention_bias=False, hidden_activation="gelu_pytorch_tanh", use_bidirectional_attention=False)
@@ -87,13 +89,14 @@ class Gemma3Config(DecoderConfig):
         if fields.get("layer_types") is None and raw.get("sliding_window_pattern"):
             period, count = raw["sliding_window_pattern"], fields.get("num_hidden_layers", cls.num_hidden_layers)
             fields["layer_types"] = tuple(SLIDING if (i + 1) % period else FULL for i in range(count))
-        nested = fields.get("rope_parameters") or {}
+        nested = RopeParameters.entries(fields.get("rope_parameters"))
         if nested and not {FULL, SLIDING} & set(nested):
             raise UserError(f"config.json: rope_parameters must be nested under {FULL!r} and {SLIDING!r} for Gemma 3")
         scaling = nested.get(FULL) or raw.get("rope_scaling") or {}
         fields["rope_parameters"] = {
-            FULL: {"rope_theta": raw.get("rope_theta") or 1_000_000.0} | dict(scaling),
-            SLIDING: {"rope_theta": raw.get("rope_local_base_freq") or 10_000.0} | dict(nested.get(SLIDING) or {}),
+            FULL: {"rope_theta": raw.get("rope_theta") or 1_000_000.0} | RopeParameters.entries(scaling),
+            SLIDING: {"rope_theta": raw.get("rope_local_base_freq") or 10_000.0}
+            | RopeParameters.entries(nested.get(SLIDING)),
         }
         return cls(**fields)
 

@@ -1,14 +1,12 @@
 """Models from and to Hugging Face directories, which transformers, vLLM and the llama.cpp converter load.
 
-Reading goes parameter by parameter: the tensors of all layers fill one stacked host array, which moves to its device
-shards before the next is touched, so peak host memory is the largest stacked parameter. Pickles are never opened and no
-remote code runs. The name table of the family (`Model.names`) serves both directions.
+The name table of the family (`Model.names`) serves both directions. Pickles are never opened and no remote code runs.
 """
 
 import dataclasses
+import errno
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,16 +16,34 @@ import jax.numpy as jnp
 import numpy as np
 
 from distil_jax.errors import UserError
+from distil_jax.models import shards
 from distil_jax.models.config import DecoderConfig
-from distil_jax.models.decoder import Model, Params, Weight
+from distil_jax.models.decoder import Model, Params
+from distil_jax.models.download import resolve
 from distil_jax.models.gemma3 import Gemma3, Gemma3Config
 from distil_jax.models.llama import Llama, LlamaConfig
 from distil_jax.models.tensors import TensorFiles, read_json, write_json, write_tensors
 
 FAMILIES = {
     "llama": (Llama, LlamaConfig),
+    "mistral": (Llama, LlamaConfig),  # where its window hides nothing; written as "llama"
     "gemma3_text": (Gemma3, Gemma3Config),
     "gemma3": (Gemma3, Gemma3Config),  # the vision wrapper; its text tower is read
+}
+# Near relatives, and what sets them apart.
+OTHERS = {
+    "gemma": "Gemma 1 has no head norms and another order of norms",
+    "gemma2": "Gemma 2 caps its logits and has no head norms",
+    "gemma3n": "Gemma 3n has per-layer embeddings",
+    "granite": "Granite multiplies residuals, embedding and logits by factors",
+    "llama4": "Llama 4 is a mixture of experts",
+    "ministral": "Ministral mixes sliding and full layers",
+    "mixtral": "Mixtral is a mixture of experts",
+    "mllama": "its layers cross-attend to images",
+    "phi3": "Phi 3 fuses its projections",
+    "qwen2": "Qwen 2 has biases on q, k and v but not on o",
+    "qwen3": "Qwen 3 has head norms in a Llama block",
+    "smollm3": "SmolLM 3 has layers without rotary positions; SmolLM 1 and 2 are of type 'llama' and are read",
 }
 DTYPES = ("float32", "bfloat16", "float16")
 SHARD_BYTES = 5_000_000_000
@@ -46,35 +62,62 @@ def model_from_config(config: Mapping | DecoderConfig) -> Model:
             return model(config)
     kind = config.get("model_type")
     if kind not in FAMILIES:
-        raise UserError(f"config.json: model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}")
+        why = f" ({OTHERS[kind]})" if kind in OTHERS else ""
+        raise UserError(f"config.json: model_type {kind!r} is not supported{why}; supported are {', '.join(FAMILIES)}")
     if config.get("quantization_config"):
         raise UserError("config.json: the weights are quantised (quantization_config); use the float release")
     model, dataclass = FAMILIES[kind]
     return model(dataclass.from_hf(config))
 
 
-def load_model(path_or_id: str | os.PathLike) -> Model:
-    """The model that a directory (or hub id) describes, without its weights. Raises UserError as `load_pretrained`."""
-    directory = resolve(path_or_id)
-    return model_from_config(read_json(directory / "config.json", "a model directory needs it, fetch it too"))
+def load_model(path_or_id: str | os.PathLike, revision: str | None = None) -> Model:
+    """The model that a directory (or hub id) describes, without its weights. Raises UserError as `load_pretrained`.
+
+    Its eos_token_id is that of generation_config.json where this file has one: what stops generation in transformers.
+    """
+    directory = resolve(path_or_id, revision)
+    raw = read_json(directory / "config.json", "a model directory needs it, fetch it too")
+    try:
+        model = model_from_config(raw)
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from None
+    if "auto_map" in raw:
+        log.warning("%s: auto_map in config.json names code of the repository; it is not run", directory)
+    generation = directory / "generation_config.json"
+    stops = read_json(generation, "").get("eos_token_id") if generation.exists() else None
+    if stops is None:
+        return model
+    return type(model)(dataclasses.replace(model.config, eos_token_id=stops))
 
 
-def load_pretrained(path_or_id: str | os.PathLike, dtype="float32", mesh=None) -> tuple[Model, Params]:
-    """Reads a model from a local directory or, by "owner/name", from the Hugging Face hub.
+def load_pretrained(
+    path_or_id: str | os.PathLike, dtype="float32", mesh=None, revision: str | None = None
+) -> tuple[Model, Params]:
+    """Reads a model from a local directory or, by "owner/name" or "owner/name@revision", from the Hugging Face hub.
 
     dtype: of the parameters in memory, "float32", "bfloat16" or "float16", whatever is stored.
     mesh: places every parameter by `distil_jax.sharding.param_shardings(model, mesh)`; None: the default device.
+    revision: branch, tag or commit of the hub's repository, in place of @revision.
     Returns (model, params). Raises UserError if the directory, its config or a tensor cannot be used, naming it.
     """
     dtype = _float_dtype(dtype)
-    directory = resolve(path_or_id)
+    directory = resolve(path_or_id, revision)
     model = load_model(directory)
-    with TensorFiles(directory) as files:
-        model = _settle_head(model, files)
-        files.check(
-            {name: weight.hf_shape(shape) for weight, leaf in _leaves(model) for name, shape in _names(weight, leaf)}
-        )
-        return model, _read_params(model, files, dtype, mesh)
+    files = TensorFiles(directory)
+    model = _settle_head(model, files)
+    files.check(
+        {
+            name: weight.hf_shape(shards.layer_shape(weight, leaf.shape))
+            for weight, leaf in shards.leaves(model)
+            for name in shards.names(weight, leaf.shape)
+        }
+    )
+    shardings = None
+    if mesh is not None:
+        from distil_jax.sharding import param_shardings  # a room above this one; only a mesh needs it
+
+        shardings = param_shardings(model, mesh)
+    return model, shards.read_params(model, files, dtype, shardings)
 
 
 def save_pretrained(
@@ -84,14 +127,17 @@ def save_pretrained(
     tokenizer=None,
     dtype=None,
     shard_bytes: int = SHARD_BYTES,
+    generation_config: Mapping | None = None,
 ) -> Path:
     """Writes a Hugging Face directory: config.json, generation_config.json, safetensors, and the tokenizer if given.
 
     tokenizer: anything with transformers' `save_pretrained`; its bos, eos and pad ids go into both configs.
     dtype: of the stored weights (None: that of the parameters). shard_bytes: largest weight file, in bytes.
+    generation_config: sampling options to keep, such as those of the model it was trained from; our special ids win.
     All is written beside `directory` and renamed into place, so the final name never holds half a model; a model that
     was there before is replaced. In a run of several processes all must call it; the first one writes.
-    Raises UserError if the directory holds something that is no model, or the tokenizer has ids beyond the vocabulary.
+    Raises UserError if the directory holds something that is no model, the tokenizer has ids beyond the vocabulary, or
+    the disk is full; the directory is then as it was before.
     """
     target = Path(directory).expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())) and not (target / "config.json").is_file():
@@ -114,12 +160,15 @@ def save_pretrained(
         try:
             write_tensors(tensors, partial, shard_bytes)
             write_json(partial / "config.json", config)
-            write_json(partial / "generation_config.json", {"_from_model_config": True} | ids)
+            kept = {"_from_model_config": True} if generation_config is None else dict(generation_config)
+            write_json(partial / "generation_config.json", kept | {k: v for k, v in ids.items() if v is not None})
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             _replace(partial, target)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise UserError(f"{target}: no room to write the model ({error.strerror}); nothing was kept") from error
             raise
     else:
         for _ in tensors:  # take part in gathering the shards
@@ -138,30 +187,13 @@ def _float_dtype(dtype) -> np.dtype:
     return jnp.dtype(name)
 
 
-def resolve(path_or_id: str | os.PathLike) -> Path:
-    """The local directory of a model, downloaded if it is a hub id."""
-    path, name = Path(path_or_id).expanduser(), os.fspath(path_or_id)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise UserError(f"{name} is a file; give the directory that holds config.json and the safetensors files")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
-        raise UserError(f"{name}: no such directory, and no hub id (owner/name) either; check the path")
-    import huggingface_hub  # a local directory needs no network and no client
-
-    try:
-        patterns = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]  # no pickles
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
-    except Exception as error:  # the client raises its own errors, its HTTP library's, ValueError and OSError alike
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
-        raise UserError(
-            f"{name}: no local directory, and the hub did not give it ({type(error).__name__}: {reason}); check the "
-            "name, accept the model's licence on the hub and set HF_TOKEN, or give a local directory"
-        ) from error
-
-
 def _settle_head(model: Model, files: TensorFiles) -> Model:
     """Drops the duplicate head of a tied model; a head that differs is kept, untied, as transformers does."""
+    if not model.config.tie_word_embeddings and HEAD not in files and EMBEDDING in files:
+        raise UserError(
+            f"{files.directory}: tensor {HEAD!r} is missing and config.json does not tie it to the embedding; fetch "
+            'all files, or set "tie_word_embeddings" to true if the head is the embedding'
+        )
     if not model.config.tie_word_embeddings or HEAD not in files:
         return model
     if EMBEDDING not in files:
@@ -179,63 +211,17 @@ def _settle_head(model: Model, files: TensorFiles) -> Model:
     return model
 
 
-def _leaves(model: Model) -> list[tuple[Weight, jax.ShapeDtypeStruct]]:
-    """Each row of the name table with the parameter that it fills."""
-    abstract = model.abstract_params()
-    return [(weight, _get(abstract, weight.path)) for weight in model.weights]
-
-
-def _names(weight: Weight, leaf) -> list[tuple[str, tuple[int, ...]]]:
-    """The tensors of one parameter in layer order, each with its shape on our side."""
-    if not weight.stacked:
-        return [(weight.name, leaf.shape)]
-    return [(weight.name.format(layer), leaf.shape[1:]) for layer in range(leaf.shape[0])]
-
-
-def _get(tree: Params, path: tuple[str, ...]):
-    for key in path:
-        tree = tree[key]
-    return tree
-
-
-def _put(tree: Params, path: tuple[str, ...], value):
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
-
-
-def _read_params(model: Model, files: TensorFiles, dtype: np.dtype, mesh) -> Params:
-    shardings = None
-    if mesh is not None:
-        from distil_jax.sharding import param_shardings  # a room above this one; only a mesh needs it
-
-        shardings = param_shardings(model, mesh)
-    params: Params = {}
-    for weight, leaf in _leaves(model):
-        host = np.empty(leaf.shape, dtype)
-        for layer, (name, shape) in enumerate(_names(weight, leaf)):
-            into = host[layer] if weight.stacked else host
-            into[...] = weight.read(files.read(name), shape)
-        if shardings is None:
-            value = jnp.asarray(host)
-        else:  # each process cuts out the shards of its own devices; nothing is sent between processes
-            sharding = _get(shardings, weight.path)
-            value = jax.make_array_from_callback(leaf.shape, sharding, lambda index, host=host: host[index])
-        _put(params, weight.path, value)
-    return params
-
-
 def _hf_tensors(model: Model, params: Params, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a Hugging Face file in the order of the name table; one parameter at a time is on the host."""
-    for weight, leaf in _leaves(model):
-        value = _get(params, weight.path)
+    for weight, leaf in shards.leaves(model):
+        value = shards.get(params, weight.path)
         if isinstance(value, jax.Array) and not value.is_fully_addressable:
             from jax.experimental import multihost_utils
 
             value = multihost_utils.process_allgather(value, tiled=True)
         host = np.asarray(value)
-        for layer, (name, _) in enumerate(_names(weight, leaf)):
-            yield name, weight.write(host[layer] if weight.stacked else host).astype(dtype)
+        for layer, name in enumerate(shards.names(weight, leaf.shape)):
+            yield name, weight.write(host[layer] if weight.stacked else host).astype(dtype, copy=False)
 
 
 def _special_ids(config: DecoderConfig, tokenizer) -> dict:

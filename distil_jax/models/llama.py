@@ -6,9 +6,19 @@ from collections.abc import Mapping
 import jax
 from flax import nnx
 
+from distil_jax.errors import UserError
 from distil_jax.models.config import DecoderConfig, RopeParameters
 from distil_jax.models.decoder import LayerKind, Model, Weight
 from distil_jax.models.layers import Attention, GatedMLP, RMSNorm
+
+# A Mistral block is a Llama block with a sliding window. Its config.json leaves out other defaults than Llama's: these
+# (transformers, configuration_mistral).
+MISTRAL = {
+    "intermediate_size": 14_336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131_072,
+    "sliding_window": 4096,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,11 +46,21 @@ class LlamaConfig(DecoderConfig):
 
     @classmethod
     def from_hf(cls, raw: Mapping) -> "LlamaConfig":
-        """From a config.json, old spelling (rope_theta, rope_scaling) or new (rope_parameters)."""
-        cls.refuse(raw, hidden_act="silu")
+        """From a config.json, old spelling (rope_theta, rope_scaling) or new (rope_parameters); Mistral's too if its
+        window hides nothing."""
+        if raw.get("model_type") == "mistral":
+            raw = MISTRAL | dict(raw) | {"attention_bias": False, "mlp_bias": False}
+            window, longest = raw["sliding_window"], raw["max_position_embeddings"]
+            if window is not None and window < longest:
+                raise UserError(
+                    f"config.json: sliding_window {window} (4096 where it is left out) is shorter than "
+                    f"max_position_embeddings {longest}, and a Llama layer has no window; set max_position_embeddings "
+                    f"to {window} if no text is longer"
+                )
+        cls.refuse(raw, hidden_act="silu", partial_rotary_factor=1.0)
         fields = cls.own_fields(raw)
         scaling = fields.get("rope_parameters") or raw.get("rope_scaling") or {}
-        fields["rope_parameters"] = {"rope_theta": raw.get("rope_theta") or 10_000.0} | dict(scaling)
+        fields["rope_parameters"] = {"rope_theta": raw.get("rope_theta") or 10_000.0} | RopeParameters.entries(scaling)
         return cls(**fields)
 
     def to_hf(self) -> dict:
@@ -68,7 +88,7 @@ class LlamaBlock(nnx.Module):
 
 
 class Llama(Model):
-    """Llama 3.x (also Llama 2 and the fine-tunes of either, such as Med42)."""
+    """Llama 3.x (also Llama 2, SmolLM 1 and 2, Mistral without a window, and the fine-tunes of any, such as Med42)."""
 
     block = LlamaBlock
     one_plus = False

@@ -1,10 +1,12 @@
-"""The safetensors files of a model directory: mapped and read tensor by tensor, written in shards with an index."""
+"""The safetensors files of a model directory: read part by part, written in shards with an index."""
 
 import contextlib
 import json
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import safetensors
@@ -40,35 +42,37 @@ def write_json(path: Path, value: dict):
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+class Stored(NamedTuple):
+    """Where a tensor lies."""
+
+    file: str
+    name: str  # in the file
+    dtype: str  # safetensors' word for it
+    shape: tuple[int, ...]
+
+
 class TensorFiles:
     """The text tower's tensors of a directory under their canonical names ("model.layers.0.mlp.up_proj.weight").
 
-    A context manager; files are mapped into memory while it is open and only the tensors asked for are copied. Vision
-    weights are passed over. Raises UserError, naming the file, for weights that are missing, pickled or damaged.
+    Iterating gives the names file by file, in the order in which they lie. A file is open only while something is read
+    from it, because the pages of a mapped file count as this process' memory until it is closed. Vision weights are
+    passed over. Raises UserError, naming the file, for weights that are missing, pickled or damaged.
     """
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self._places = {}  # canonical name -> (open file, file name, stored name)
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> "TensorFiles":
-        with contextlib.ExitStack() as stack:
-            for file, listed in self._files():
-                handle = self._open(file, stack)
-                stored = set(handle.keys())
-                if lost := sorted(set(listed or ()) - stored):
+        self.places: dict[str, Stored] = {}
+        for file, listed in self._files():
+            with self._open(file) as handle:
+                lying = handle.offset_keys()
+                if lost := sorted(set(listed or ()) - set(lying)):
                     raise UserError(
-                        f"{self.directory / file}: tensor {lost[0]!r} is listed in {INDEX} but not in the file; "
+                        f"{directory / file}: tensor {lost[0]!r} is listed in {INDEX} but not in the file; "
                         "fetch both again"
                     )
-                for name in stored if listed is None else listed:
-                    self._place(handle, file, name)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *exception):
-        self._stack.close()
+                for name in lying if listed is None else sorted(listed, key=lying.index):
+                    tensor = handle.get_slice(name)
+                    self._place(Stored(file, name, tensor.get_dtype(), tuple(tensor.get_shape())))
 
     def _files(self) -> list[tuple[str, list[str] | None]]:
         """The weight files, each with the names that the index expects in it (None: no index)."""
@@ -93,91 +97,106 @@ class TensorFiles:
             )
         raise UserError(f"{self.directory} holds no {SINGLE} and no {INDEX}; fetch the weights")
 
-    def _open(self, file: str, stack: contextlib.ExitStack):
+    @contextlib.contextmanager
+    def _open(self, file: str):
         try:
-            return stack.enter_context(safetensors.safe_open(self.directory / file, framework="numpy"))
+            with safetensors.safe_open(self.directory / file, framework="numpy") as handle:
+                yield handle
         except (safetensors.SafetensorError, OSError) as error:
             raise UserError(
                 f"{self.directory / file} is no whole safetensors file ({error}): a broken download or a Git LFS "
                 "pointer; fetch it again"
             ) from error
 
-    def _place(self, handle, file: str, name: str):
-        canonical = name
+    def _place(self, stored: Stored):
+        canonical = stored.name
         for prefix, replacement in PREFIXES:
-            if name.startswith(prefix):
-                canonical = replacement + name.removeprefix(prefix)
+            if canonical.startswith(prefix):
+                canonical = replacement + canonical.removeprefix(prefix)
                 break
-        if NOT_TEXT.match(name) or BUFFER.fullmatch(canonical):
+        if NOT_TEXT.match(stored.name) or BUFFER.fullmatch(canonical):
             return
-        if canonical in self._places:
+        if canonical in self.places:
             raise UserError(
-                f"{self.directory}: {name!r} and {self._places[canonical][2]!r} are the same tensor under two names; "
-                "keep the files of one export only"
+                f"{self.directory}: {stored.name!r} and {self.places[canonical].name!r} are the same tensor under two "
+                "names; keep the files of one export only"
             )
-        self._places[canonical] = (handle, file, name)
+        self.places[canonical] = stored
 
     def __contains__(self, name: str) -> bool:
-        return name in self._places
+        return name in self.places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def where(self, name: str) -> str:
+        """File and stored name of a tensor, for an error."""
+        return f"{self.directory / self.places[name].file}: tensor {self.places[name].name!r}"
 
     def drop(self, name: str):
         """Forgets a tensor."""
-        del self._places[name]
+        del self.places[name]
 
     def rename(self, name: str, to: str):
         """Lets a tensor serve under another canonical name."""
-        self._places[to] = self._places.pop(name)
+        self.places[to] = self.places.pop(name)
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor, copied to host memory in its stored dtype."""
-        handle, _, stored = self._places[name]
-        return handle.get_tensor(stored)
+    def read(self, name: str, parts: Iterable[tuple[slice, ...]]) -> list[np.ndarray]:
+        """Parts of a tensor, each copied to host memory in the stored dtype; nothing else is."""
+        stored = self.places[name]
+        with self._open(stored.file) as handle:
+            tensor = handle.get_slice(stored.name)
+            return [tensor[part] for part in parts]
 
-    def equal(self, one: str, other: str, rows: int = 8192) -> bool:
-        """Whether two tensors hold the same numbers, compared a block of rows at a time."""
-        a, b = (handle.get_slice(stored) for handle, _, stored in (self._places[one], self._places[other]))
-        if a.get_shape() != b.get_shape():
+    def equal(self, one: str, other: str, rows: int = 2048) -> bool:
+        """Whether two matrices hold the same numbers, compared a block of rows at a time."""
+        shape = self.places[one].shape
+        if shape != self.places[other].shape:
             return False
-        count = a.get_shape()[0]
-        blocks = ((start, min(start + rows, count)) for start in range(0, count, rows))
-        return all(np.array_equal(a[start:end], b[start:end]) for start, end in blocks)
+        blocks = ((slice(start, min(start + rows, shape[0])),) for start in range(0, shape[0], rows))
+        return all(np.array_equal(*(self.read(name, [block])[0] for name in (one, other))) for block in blocks)
 
     def check(self, expected: dict[str, tuple[int, ...]]):
         """Raises UserError unless the tensors are exactly those expected, by name and shape, in a float dtype."""
-        if missing := [name for name in expected if name not in self._places]:
+        if missing := [name for name in expected if name not in self.places]:
             raise UserError(
                 f"{self.directory}: tensor {missing[0]!r} is missing ({len(missing)} of {len(expected)} tensors are); "
                 "the files are incomplete or do not belong to this config.json"
             )
-        if unexpected := sorted(set(self._places) - set(expected)):
-            _, file, stored = self._places[unexpected[0]]
+        if unexpected := sorted(set(self.places) - set(expected)):
             raise UserError(
-                f"{self.directory / file}: tensor {stored!r} has no place in the model of this config.json "
+                f"{self.where(unexpected[0])} has no place in the model of this config.json "
                 f"({len(unexpected)} such tensors); check model_type and num_hidden_layers"
             )
         for name, shape in expected.items():
-            handle, file, stored = self._places[name]
-            tensor = handle.get_slice(stored)
-            if tuple(tensor.get_shape()) != tuple(shape):
+            stored = self.places[name]
+            if stored.shape != tuple(shape):
                 raise UserError(
-                    f"{self.directory / file}: tensor {stored!r} has shape {tensor.get_shape()}, config.json asks for "
-                    f"{list(shape)}; the files do not belong together"
+                    f"{self.where(name)} has shape {list(stored.shape)}, config.json asks for {list(shape)}; the files "
+                    "do not belong together"
                 )
-            if tensor.get_dtype() not in FLOATS:
+            if stored.dtype not in FLOATS:
                 raise UserError(
-                    f"{self.directory / file}: tensor {stored!r} is stored as {tensor.get_dtype()}; quantised weights "
-                    "are not supported, use the float release"
+                    f"{self.where(name)} is stored as {stored.dtype}; quantised weights are not supported, use the "
+                    "float release"
                 )
 
 
 def write_tensors(tensors: Iterable[tuple[str, np.ndarray]], directory: Path, shard_bytes: int):
-    """Writes one file, or several of at most `shard_bytes` with an index, holding one file's tensors at a time."""
+    """Writes one file, or several of at most `shard_bytes` with an index, holding one file's tensors at a time.
+
+    Raises OSError, as for a full disk.
+    """
     files: list[list[str]] = []
     pending: dict[str, np.ndarray] = {}
     pending_bytes = total = 0
 
     def flush():
-        safetensors.numpy.save_file(pending, directory / f"part-{len(files)}", metadata={"format": "pt"})
+        try:
+            safetensors.numpy.save_file(pending, directory / f"part-{len(files)}", metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else error from error
         files.append(list(pending))
         pending.clear()
 
@@ -186,7 +205,7 @@ def write_tensors(tensors: Iterable[tuple[str, np.ndarray]], directory: Path, sh
             flush()
             pending_bytes = 0
         # safetensors writes memory as it lies and ignores strides: a transposed view must be copied first
-        pending[name] = np.ascontiguousarray(tensor)
+        pending[name] = _contiguous(tensor)
         pending_bytes += tensor.nbytes
         total += tensor.nbytes
     flush()
@@ -199,3 +218,16 @@ def write_tensors(tensors: Iterable[tuple[str, np.ndarray]], directory: Path, sh
         (directory / f"part-{i}").rename(directory / file)
         weight_map |= dict.fromkeys(names, file)
     write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _contiguous(tensor: np.ndarray) -> np.ndarray:
+    """The tensor in C order. A transposed matrix is copied 16 columns at a time, in steps that the caches hold: four
+    times faster than numpy's own copy."""
+    if tensor.ndim != 2 or not tensor.flags.f_contiguous:
+        return np.ascontiguousarray(tensor)
+    copy = np.empty(tensor.shape, tensor.dtype)
+    words = f"u{tensor.itemsize}"  # numpy copies bfloat16 one number at a time
+    into, of = copy.view(words), tensor.T.view(words).T
+    for start in range(0, tensor.shape[1], 16):
+        into[:, start : start + 16] = of[:, start : start + 16]
+    return copy
