@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # of the order of the data, and of the fit of W
-    c.workdir = "work/gemma270m_smollm135m"  # everything a run writes, about 12 GB
+    c.workdir = "work/gemma270m_smollm135m"  # everything a run writes, about 15 GB
     c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: whatever the other axes leave
 
     c.data = ConfigDict()
