@@ -55,7 +55,7 @@ def untrained(work: Workdir, side: str, mesh: Mesh, dtype: str = "float32") -> t
                 f"the tokenizer at {part.path} has tokens up to id {largest} but the model has "
                 f"{model.config.vocab_size} rows: they do not belong together"
             )
-        return model, params
+        return model.with_tokenizer(table.vocab_size), params
     model = description(work, side)
     key = jax.random.fold_in(jax.random.key(work.config.seed), SEED_OF[side])
     init = jax.jit(model.init, static_argnums=1, out_shardings=sharding.param_shardings(model, mesh))
@@ -65,9 +65,9 @@ def untrained(work: Workdir, side: str, mesh: Mesh, dtype: str = "float32") -> t
 def description(work: Workdir, side: str) -> Any:
     """The model of `untrained` without its parameters."""
     part = work.config[side]
-    if part.path:
-        return hub.load_model(part.path)
     table = ByteTable.from_tokenizer(tokenizer_directory(work, side))
+    if part.path:
+        return hub.load_model(part.path).with_tokenizer(table.vocab_size)
     fields = dict(part.shape.items()) | {
         "vocab_size": table.vocab_size,
         "tie_word_embeddings": True,
@@ -75,7 +75,7 @@ def description(work: Workdir, side: str) -> Any:
         "eos_token_id": table.roles.get("eos"),
         "pad_token_id": table.roles.get("pad"),
     }
-    return hub.model_from_config(fields)
+    return hub.model_from_config(fields).with_tokenizer(table.vocab_size)
 
 
 def count(params: Any) -> int:
@@ -97,4 +97,7 @@ def teacher(work: Workdir, mesh: Mesh, dtype: str = "float32") -> tuple[Any, Any
 def trained(work: Workdir, run: str, mesh: Mesh, dtype: str = "float32") -> tuple[Any, Any]:
     """The model that a training run left."""
     work.require(run)
-    return hub.load_pretrained(work / run / "model", dtype=dtype, mesh=mesh)
+    model, params = hub.load_pretrained(work / run / "model", dtype=dtype, mesh=mesh)
+    side = "teacher" if run == "teacher" else "student"
+    table = ByteTable.from_tokenizer(tokenizer_directory(work, side))
+    return model.with_tokenizer(table.vocab_size), params

@@ -72,6 +72,7 @@ def compare(
     logits are not finite in `dtype`.
     """
     again, stored = hub.load_pretrained(directory, dtype=dtype, mesh=mesh)
+    again = again.with_tokenizer(model.config.tokenizer_size)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for (path, a), b in zip(leaves, jax.tree.leaves(stored), strict=True):
         if a.shape != b.shape or not bool(_same_bits(a, b)):

@@ -50,12 +50,18 @@ def steps(
     # Seed and step are arrays, the rest of the sampling shapes the program.
     seed, how = np.uint32(sampling.seed % 2**32), _unseeded(sampling)
     capacity = _bucket(columns + max_new_tokens)
+    if mesh is None and jax.tree.leaves(params)[0].devices().pop().platform == "cpu":
+        params = cache.layer_views(params)
     token_B, stored = _first(model, how, text_vocab, capacity, mesh, params, tokens, start, keys, seed)
-    for step in range(1, max_new_tokens + 1):
-        read = token_B
-        if step < max_new_tokens:
-            token_B, stored = _next(model, how, text_vocab, mesh, params, stored, token_B, keys, seed, np.int32(step))
-        yield np.asarray(read)[: len(prompts)]
+    yield np.asarray(token_B)[: len(prompts)]  # at once, before anything of the decoding is traced or compiled
+    before = None
+    for step in range(1, max_new_tokens):
+        token_B, stored = _next(model, how, text_vocab, mesh, params, stored, token_B, keys, seed, np.int32(step))
+        if before is not None:
+            yield np.asarray(before)[: len(prompts)]
+        before = token_B
+    if before is not None:
+        yield np.asarray(before)[: len(prompts)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))

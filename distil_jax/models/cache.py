@@ -5,11 +5,12 @@ the `mix` of the attention differs. Full layers keep every column. Sliding layer
 column c lies in slot c % window, so a long text costs them no more than a short one.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from distil_jax.models import layers
@@ -42,6 +43,19 @@ def nbytes(model: Model, rows: int, capacity: int, dtype) -> int:
     return 2 * rows * columns * c.num_key_value_heads * c.head_dim * jnp.dtype(dtype).itemsize
 
 
+def layer_views(params: Params) -> Params:
+    """The parameters with `layers` as a list of layers, each in the memory of the stacked arrays. CPU only.
+
+    XLA's CPU backend copies a layer out of a stacked array before it multiplies; a layer that is an array of its own
+    is read where it lies.
+    """
+    stacked, tree = jax.tree.flatten(params["layers"])
+    hosts = [np.asarray(leaf) for leaf in stacked]
+    (device,) = stacked[0].devices()
+    layers_of = [tree.unflatten([jax.device_put(host[i], device) for host in hosts]) for i in range(len(hosts[0]))]
+    return params | {"layers": layers_of}
+
+
 def prefill(
     model: Model, params: Params, tokens_BxL: Int[Array, "B L"], start_B: Int[Array, " B"], capacity: int
 ) -> tuple[Float[Array, "B D"], Cache]:
@@ -59,17 +73,22 @@ def prefill(
     tables = [layers.rope_table(positions, kind.frequencies) for kind in kinds]
     masks = [layers.attention_mask(segment_ids, kind.window) for kind in kinds]
 
-    def body(kind, T, block, x, caches, place):
+    def body(kind, block, x, caches, place):
         def mix(q, k, v):
-            stored = tuple(_columns_to_slots(y, T) for y in (k, v))
-            return layers.attend(q, k, v, masks[kind]), stored
+            stored = (_columns_to_slots(new, old.shape[3]) for new, old in zip((k, v), caches, strict=True))
+            updated = tuple(
+                jax.lax.dynamic_update_index_in_dim(old, new, place, 0) for old, new in zip(caches, stored, strict=True)
+            )
+            return layers.attend(q, k, v, masks[kind]), updated
 
-        x, stored = block(x, tables[kind], mix)
-        return x, tuple(
-            jax.lax.dynamic_update_index_in_dim(cache, new, place, 0) for cache, new in zip(caches, stored, strict=True)
-        )
+        return block(x, tables[kind], mix)
 
-    empty = _empty(model, params, tokens_BxL.shape[0], capacity)
+    c, (_, kind_of_layer) = model.config, model.layer_kinds()
+    dtype = params["final_norm"]["scale"].dtype
+    empty = tuple(
+        jnp.zeros((kind_of_layer.count(kind), len(tokens_BxL), c.num_key_value_heads, T, c.head_dim), dtype)
+        for kind, T in enumerate(slots(model, capacity))
+    )
     x, keys, values = _walk(model, params, model.embed(params, tokens_BxL), empty, empty, body)
     return model.normed(params, x[:, -1:])[:, 0], Cache(keys, values, start_B, jnp.int32(length))
 
@@ -81,14 +100,14 @@ def decode(model: Model, params: Params, cache: Cache, tokens_B: Int[Array, " B"
     tables = [layers.rope_table(positions, kind.frequencies) for kind in kinds]
     masks = [_visible(cache, keys.shape[3]) for keys in cache.keys]
 
-    def body(kind, T, block, x, caches, place):
+    def body(kind, block, x, caches, place):
         def mix(q, k, v):
-            at = (place, 0, 0, cache.length % T, 0)
+            at = (place, 0, 0, cache.length % caches[0].shape[3], 0)
             updated = tuple(
                 jax.lax.dynamic_update_slice(old, jnp.swapaxes(new, 1, 2)[None], at)
                 for old, new in zip(caches, (k, v), strict=True)
             )
-            keys, values = (jax.lax.dynamic_index_in_dim(c, place, 0, keepdims=False) for c in updated)
+            keys, values = (jax.lax.dynamic_index_in_dim(new, place, 0, keepdims=False) for new in updated)
             return _attend_one(q, keys, values, masks[kind]), updated
 
         return block(x, tables[kind], mix)
@@ -99,43 +118,35 @@ def decode(model: Model, params: Params, cache: Cache, tokens_B: Int[Array, " B"
 
 
 def _walk(model, params, x, keys, values, body):
-    """All layers, one scan for each run of layers of a kind, whose caches are carried through it.
+    """All layers, those of a kind with the caches of that kind.
 
-    Layers are picked by index inside the scan: a slice of the stacked parameters would be a copy of them.
+    Stacked layers are scanned, neighbours of a kind at a time. They are picked by index inside the scan: a slice of the
+    stacked parameters would be a copy of them.
     """
-    block_def, stacked = model.stacked_blocks(params)
     _, kind_of_layer = model.layer_kinds()
-    keys, values = list(keys), list(values)
+    caches = list(zip(keys, values, strict=True))
+    stacked = isinstance(params["layers"], dict)
+    done = [0] * len(caches)  # layers of each kind
     first = 0
-    seen = [0] * len(keys)  # layers of each kind so far
     while first < len(kind_of_layer):
         kind = kind_of_layer[first]
-        last = first
-        while last < len(kind_of_layer) and kind_of_layer[last] == kind:
-            last += 1
-        offset = seen[kind] - first
-        T = keys[kind].shape[3]
+        if stacked:
+            last = next((i for i in range(first, len(kind_of_layer)) if kind_of_layer[i] != kind), len(kind_of_layer))
+            place = done[kind] - first
 
-        def one(carry, layer, kind=kind, T=T, offset=offset):
-            x, caches = carry
-            pick = lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False)  # noqa: E731
-            block = nnx.merge(block_def, jax.tree.map(pick, stacked))
-            return body(kind, T, block, x, caches, layer + offset), None
+            def one(carry, layer, kind=kind, place=place):
+                x, mine = carry
+                pick = functools.partial(jax.lax.dynamic_index_in_dim, index=layer, axis=0, keepdims=False)
+                return body(kind, model.block_of(jax.tree.map(pick, params["layers"])), x, mine, layer + place), None
 
-        (x, (keys[kind], values[kind])), _ = jax.lax.scan(one, (x, (keys[kind], values[kind])), jnp.arange(first, last))
-        seen[kind] += last - first
+            (x, caches[kind]), _ = jax.lax.scan(one, (x, caches[kind]), jnp.arange(first, last))
+        else:
+            last = first + 1
+            x, caches[kind] = body(kind, model.block_of(params["layers"][first]), x, caches[kind], done[kind])
+        done[kind] += last - first
         first = last
-    return x, tuple(keys), tuple(values)
-
-
-def _empty(model, params, rows, capacity):
-    """Caches of every kind of layer, zeros."""
-    c, (kinds, kind_of_layer) = model.config, model.layer_kinds()
-    dtype = params["final_norm"]["scale"].dtype
-    return tuple(
-        jnp.zeros((kind_of_layer.count(kind), rows, c.num_key_value_heads, T, c.head_dim), dtype)
-        for kind, T in zip(range(len(kinds)), slots(model, capacity), strict=True)
-    )
+    keys, values = zip(*caches, strict=True)
+    return x, keys, values
 
 
 def _columns_to_slots(x_BxLxGxK: Float[Array, "B L G K"], T: int) -> Float[Array, "B G T K"]:

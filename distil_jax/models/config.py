@@ -101,9 +101,11 @@ class DecoderConfig:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
+    tokenizer_size: int | None = None  # ids that the tokenizer has; not in config.json, see Model.with_tokenizer
 
     model_type: ClassVar[str]
     architecture: ClassVar[str]
+    NOT_WRITTEN: ClassVar = frozenset({"tokenizer_size"})
 
     def __post_init__(self):
         if isinstance(self.eos_token_id, list):  # hashable, as configs are static arguments of jit
@@ -139,13 +141,14 @@ class DecoderConfig:
 
     @property
     def text_vocab_size(self) -> int:
-        """Token ids below it may appear in a softmax."""
-        return self.vocab_size
+        """Token ids below it may appear in a softmax: rows that pad the vocabulary for the hardware may not."""
+        return min(self.vocab_size, self.tokenizer_size or self.vocab_size)
 
     @classmethod
     def own_fields(cls, raw: Mapping) -> dict:
         """The entries of a config.json that are fields of this dataclass."""
-        return {field.name: raw[field.name] for field in dataclasses.fields(cls) if field.name in raw}
+        names = {field.name for field in dataclasses.fields(cls)} - cls.NOT_WRITTEN
+        return {name: raw[name] for name in names if name in raw}
 
     @staticmethod
     def refuse(raw: Mapping, **supported):
@@ -156,5 +159,6 @@ class DecoderConfig:
 
     def hf_fields(self) -> dict:
         """The dataclass as JSON values (transformers v5 spelling)."""
-        written = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        names = [field.name for field in dataclasses.fields(self) if field.name not in self.NOT_WRITTEN]
+        written = {name: getattr(self, name) for name in names}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in written.items()}

@@ -4,6 +4,7 @@ A family (gemma3.py, llama.py) adds its config fields, the order of operations i
 names. Parameters cross the `jax.jit` boundary as a plain nested dict; the modules are merged back inside the trace.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -88,7 +89,9 @@ class Model:
 
     def __init__(self, config: DecoderConfig):
         self.config = config
-        self._graphdef, self._abstract = nnx.split(nnx.eval_shape(lambda: self._describe(nnx.Rngs(0), jnp.float32)))
+        description = nnx.eval_shape(lambda: self._describe(nnx.Rngs(0), jnp.float32))
+        self._abstract = nnx.state(description)
+        self._block_def, self._norm_def = nnx.graphdef(description.layers), nnx.graphdef(description.final_norm)
 
     def __eq__(self, other) -> bool:
         return type(self) is type(other) and self.config == other.config
@@ -101,6 +104,11 @@ class Model:
 
     def _describe(self, rngs: nnx.Rngs, dtype) -> Decoder:
         return Decoder(self.config, self.block, rngs, dtype, one_plus=self.one_plus)
+
+    def with_tokenizer(self, size: int | None) -> "Model":
+        """This model, knowing that its tokenizer has `size` ids: rows of the vocabulary beyond them, which some
+        checkpoints have as padding, are kept and are in no softmax."""
+        return type(self)(dataclasses.replace(self.config, tokenizer_size=size))
 
     def layer_kinds(self) -> tuple[tuple[LayerKind, ...], tuple[int, ...]]:
         """The kinds of layer in this model, and which of them each layer is."""
@@ -175,7 +183,7 @@ class Model:
         tables = jnp.stack([layers.rope_table(positions, kind.frequencies) for kind in kinds])
         masks = jnp.stack([layers.attention_mask(segment_ids, kind.window) for kind in kinds])
 
-        block_def, stacked = self.stacked_blocks(params)
+        stacked = params["layers"]
 
         def run(x, kind, block_state, return_map=False):
             def mix(q, k, v):
@@ -184,7 +192,7 @@ class Model:
                 probabilities = layers.attention_map(q, k, masks[kind])
                 return layers.average(probabilities, v), probabilities
 
-            return nnx.merge(block_def, block_state)(x, tables[kind], mix)
+            return self.block_of(block_state)(x, tables[kind], mix)
 
         def run_span(x, start, stop):
             def body(x, xs):
@@ -223,14 +231,13 @@ class Model:
         # The scale itself is rounded to the dtype, as it was when Gemma was trained.
         return x if self.embedding_scale == 1.0 else x * jnp.asarray(self.embedding_scale, x.dtype)
 
-    def stacked_blocks(self, params: Params) -> tuple[Any, Any]:
-        """(description of one block, state of all of them with a leading layer axis): merge the first with one layer
-        of the second and call it as block(x, rope table, mix)."""
-        return nnx.split(nnx.merge(self._graphdef, params).layers)
+    def block_of(self, layer: Params) -> nnx.Module:
+        """One layer of `params["layers"]` as a block, called as block(x, rope table, mix)."""
+        return nnx.merge(self._block_def, layer)
 
     def normed(self, params: Params, x_BxLxD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """The final norm on the output of the last block."""
-        return nnx.merge(self._graphdef, params).final_norm(x_BxLxD)
+        return nnx.merge(self._norm_def, params["final_norm"])(x_BxLxD)
 
     def apply(
         self,

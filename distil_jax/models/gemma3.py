@@ -71,7 +71,7 @@ class Gemma3Config(DecoderConfig):
 
     @property
     def text_vocab_size(self) -> int:
-        return min(self.vocab_size, FIRST_IMAGE_TOKEN)
+        return min(super().text_vocab_size, FIRST_IMAGE_TOKEN)
 
     @classmethod
     def from_hf(cls, raw: Mapping) -> "Gemma3Config":
