@@ -18,8 +18,17 @@ from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.llama import modeling_llama
 
 from distil_jax.errors import UserError
-from distil_jax.models import Gemma3, Gemma3Config, Llama, LlamaConfig, load_pretrained, model_from_config
+from distil_jax.models import (
+    Gemma3,
+    Gemma3Config,
+    Llama,
+    LlamaConfig,
+    load_pretrained,
+    model_from_config,
+    save_pretrained,
+)
 from distil_jax.models.layers import RMSNorm, attend, attention_map, attention_mask, segment_positions
+from distil_jax.objective import Frozen, Objective, make_loss
 
 SIZES = dict(vocab_size=97, intermediate_size=48, num_attention_heads=4, max_position_embeddings=128)
 LINEAR = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0}
@@ -326,6 +335,37 @@ def test_ids_beyond_the_text_vocabulary_cannot_be_predicted():
     logits = jax.jit(lambda key: model.apply(model.init(key), jnp.asarray([[2, 262_144]])))(jax.random.key(0))
     assert (logits[..., 262_144:] == np.finfo(np.float32).min).all()
     assert (jnp.abs(logits[..., :262_144]) < 100).all()
+
+
+@pytest.mark.parametrize("model_type", OURS)
+def test_rows_beyond_the_tokenizer_are_kept_and_in_no_softmax(model_type, tmp_path):
+    """Vocabularies are padded for the hardware; only the tokenizer knows."""
+    model = model_from_config({"model_type": model_type} | OURS[model_type] | {"eos_token_id": 3})
+    params = jax.jit(model.init)(jax.random.key(0))
+    told = model.with_tokenizer(60)
+    assert (told.config.text_vocab_size, told.config.vocab_size) == (60, 64) and told != model
+    assert "tokenizer_size" not in told.config.to_hf()
+    tokens = np.random.default_rng(0).integers(0, 60, (1, 9), dtype=np.int32)
+    logits = jax.jit(told.apply)(params, tokens)
+    assert (logits[..., 60:] == np.finfo(np.float32).min).all()
+    np.testing.assert_array_equal(logits[..., :60], jax.jit(model.apply)(params, tokens)[..., :60])
+    again, stored = load_pretrained(save_pretrained(told, params, tmp_path / "model"))
+    assert again == model  # config.json does not say it
+    np.testing.assert_array_equal(stored["embedding"], params["embedding"])
+    labels, weights = jnp.asarray(tokens), jnp.ones((1, 9))
+
+    def bits(m):
+        objective = Objective(m, "teacher", block=4)
+        batch = {f"teacher_{name}": values for name, values in (
+            ("tokens", labels), ("targets", labels), ("weights", weights), ("segment_ids", jnp.ones_like(labels)),
+            ("positions", jnp.arange(9)[None]),
+        )}  # fmt: skip
+        return make_loss(objective)(params, Frozen(jnp.ones(1)), batch, 0)[0]
+
+    log_p = jax.nn.log_softmax(logits[..., :60].astype(jnp.float32))
+    want = -jnp.mean(jnp.take_along_axis(log_p, labels[..., None], axis=-1))
+    np.testing.assert_allclose(bits(told), want, rtol=1e-5)
+    assert bits(model) > bits(told)
 
 
 def test_defaults_are_those_of_transformers():

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
@@ -34,6 +35,7 @@ def steps(
     prompts: token ids, of any lengths from 1. text_vocab: ids from here on are never chosen. places: what distinguishes
     the random draws of the prompts (None: their order).
     """
+    params = jax.tree.map(jnp.asarray, params)  # arrays of the host too are placed once
     mesh = _mesh_of(params)
     rows = _bucket(len(prompts))
     parts = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
@@ -50,10 +52,10 @@ def steps(
     # Seed and step are arrays, the rest of the sampling shapes the program.
     seed, how = np.uint32(sampling.seed % 2**32), _unseeded(sampling)
     capacity = _bucket(columns + max_new_tokens)
-    if mesh is None and jax.tree.leaves(params)[0].devices().pop().platform == "cpu":
-        params = cache.layer_views(params)
     token_B, stored = _first(model, how, text_vocab, capacity, mesh, params, tokens, start, keys, seed)
     yield np.asarray(token_B)[: len(prompts)]  # at once, before anything of the decoding is traced or compiled
+    if mesh is None and jax.tree.leaves(params)[0].devices().pop().platform == "cpu":
+        params = cache.layer_views(params)
     before = None
     for step in range(1, max_new_tokens):
         token_B, stored = _next(model, how, text_vocab, mesh, params, stored, token_B, keys, seed, np.int32(step))
@@ -95,7 +97,7 @@ def _bucket(size: int) -> int:
 
 def _mesh_of(params: Any) -> Mesh | None:
     """The mesh that the parameters lie on, if they lie on one."""
-    placed = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    placed = jax.tree.leaves(params)[0].sharding
     return placed.mesh if isinstance(placed, NamedSharding) else None
 
 
