@@ -56,9 +56,7 @@ def speeds(folder: Path, rounds: int) -> None:
     rng = np.random.default_rng(0)
 
     def jax_side(prompts, new):
-        steps = engine.steps(
-            model, params, list(prompts), max_new_tokens=new, sampling=text.GREEDY, text_vocab=model.config.vocab_size
-        )
+        steps = engine.steps(model, params, list(prompts), max_new_tokens=new, sampling=text.GREEDY)
         return np.stack(list(steps), axis=1)
 
     def torch_side(prompts, new):
@@ -110,7 +108,7 @@ model, params = load_pretrained(folder)
 jax.block_until_ready(params)
 loaded = time.perf_counter(); after = peak()
 ids = [np.arange(5, 133, dtype=np.int32)]
-next(engine.steps(model, params, ids, max_new_tokens=64, sampling=text.GREEDY, text_vocab=1000))
+next(engine.steps(model, params, ids, max_new_tokens=64, sampling=text.GREEDY))
 size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 """,
     "transformers": """

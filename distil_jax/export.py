@@ -124,9 +124,9 @@ def export_model(
     try:
         if first:
             shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        hub.save_pretrained(model, params, partial, tokenizer=tokenizer, dtype=dtype)
-        if first and generation_config:
-            write_generation_config(partial / GENERATION_CONFIG, generation_config)
+        hub.save_pretrained(
+            model, params, partial, tokenizer=tokenizer, dtype=dtype, generation_config=generation_config
+        )
         checks = readback.compare(
             model, params, partial, tokenizer=tokenizer, documents=documents, dtype=dtype, mesh=mesh
         )
@@ -135,22 +135,12 @@ def export_model(
                 (partial / name).write_bytes(content)
             (partial / "README.md").write_text(write_card(checks), encoding="utf-8")
             _flush(partial)
-            _replace(partial, target)
+            manifest.replace_folder(partial, target)
     except BaseException:
         if first:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return checks
-
-
-def _replace(partial: Path, target: Path) -> None:
-    """Renames; an earlier export steps aside first and is removed last."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:
@@ -167,19 +157,6 @@ def read_generation_config(directory: Path) -> dict[str, Any] | None:
     """The generation_config.json of a model directory, if it has one."""
     file = directory / GENERATION_CONFIG
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-
-
-def write_generation_config(file: Path, source: Mapping[str, Any]) -> None:
-    """Puts the source's settings into the written `file`, whose special ids stay. A list of end tokens that holds ours
-    is kept: an instruct model ends its turn with another token than its text."""
-    ours = json.loads(file.read_text(encoding="utf-8"))
-    ours.pop("_from_model_config", None)  # transformers would derive all of it anew
-    ours = {key: value for key, value in ours.items() if value is not None}
-    ends = source.get("eos_token_id")
-    if isinstance(ends, list) and ours.get("eos_token_id") in ends:
-        ours["eos_token_id"] = ends
-    dropped = ("_from_model_config", "transformers_version")
-    manifest.write_json_atomic(file, {key: value for key, value in source.items() if key not in dropped} | ours)
 
 
 def publish(config: ConfigDict, facts: Mapping[str, Any]) -> str | None:

@@ -5,6 +5,7 @@ A stage folder without a manifest is unfinished. One whose `key` differs was mad
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,16 @@ def write_json_atomic(path: str | os.PathLike, value: Any) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def replace_folder(partial: Path, target: Path) -> None:
+    """Renames the folder `partial` to `target`; what stood there steps aside first and is removed last."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write(folder: str | os.PathLike, key: str, **facts: Any) -> None:

@@ -209,14 +209,6 @@ export.export_model(model, params, {str(tmp_path / "out" / "x")!r}, tokenizer=to
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_end_tokens_of_an_instruct_student_are_kept(tmp_path):
-    file = tmp_path / "generation_config.json"
-    for ours, theirs, kept in ((5, [5, 7], [5, 7]), (5, [6, 7], 5), (5, 6, 5), ([5, 6], 5, [5, 6])):
-        file.write_text(json.dumps({"_from_model_config": True, "eos_token_id": ours, "pad_token_id": None}))
-        export.write_generation_config(file, {"eos_token_id": theirs, "temperature": 0.6, "pad_token_id": 3})
-        assert json.loads(file.read_text()) == {"eos_token_id": kept, "temperature": 0.6, "pad_token_id": 3}
-
-
 # ---- the stage ------------------------------------------------------------------------------------------------------
 
 FIGURES = {"bits_per_byte": 1.5, "token_accuracy": 0.5, "agreement_with_teacher": 0.25}

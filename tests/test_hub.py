@@ -190,6 +190,20 @@ def test_generation_options_are_kept_under_our_special_ids(llama, tmp_path):
     assert (theirs.temperature, theirs.top_p, theirs.do_sample, theirs.eos_token_id) == (0.6, 0.9, True, 7)
 
 
+@pytest.mark.parametrize("ours, theirs, kept", [(5, [5, 7], [5, 7]), (5, [6, 7], 5), (5, 6, 5), ([5, 6], 5, [5, 6])])
+def test_end_tokens_of_an_instruct_model_are_kept(llama, tmp_path, ours, theirs, kept):
+    model, params = llama
+    model = model_from_config(
+        model.config.to_hf() | {"model_type": "llama", "eos_token_id": ours, "pad_token_id": None}
+    )
+    source = {"eos_token_id": theirs, "temperature": 0.6, "pad_token_id": 3, "_from_model_config": True}
+    directory = save_pretrained(model, params, tmp_path / "model", generation_config=source)
+    written = json.loads((directory / "generation_config.json").read_text())
+    assert {key: written[key] for key in source if key in written} == {
+        "eos_token_id": kept, "temperature": 0.6, "pad_token_id": 3,
+    }  # fmt: skip
+
+
 def test_stop_ids_are_those_of_generation_config(llama_directory):
     assert load_model(llama_directory).config.eos_token_id == 2
     (llama_directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 9, 11]}))

@@ -201,10 +201,9 @@ def test_debug_shows_the_traceback_behind_the_line(stage, capsys, monkeypatch):
 def start_stage(stage: str, *argv: str) -> subprocess.Popen:
     folder = str(Path(stage).parent)
     env = os.environ | {"PYTHONPATH": os.pathsep.join([folder, str(PROJECT)])}
-    command = [sys.executable, "-m", "my_stage", *argv]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     # A suite that a shell runs in the background ignores Ctrl-C, and so would what it starts.
-    return subprocess.Popen(command, env=env, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **pipes)
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "my_stage", *argv]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_a_stage_run_as_a_module_takes_the_same_command_line(stage):

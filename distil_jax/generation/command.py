@@ -20,7 +20,7 @@ from distil_jax import sharding
 from distil_jax.config import load_config
 from distil_jax.errors import UserError
 from distil_jax.generation.sampling import Sampling
-from distil_jax.generation.text import complete, encode, stream
+from distil_jax.generation.text import Codec, complete, stream
 from distil_jax.manifest import read as read_manifest
 from distil_jax.models import hub
 from distil_jax.models.int8 import quantize
@@ -86,14 +86,15 @@ def main(argv: Sequence[str]) -> int:
     directory = _exported(of_config) if of_config else hub.resolve(args.model)
     tokenizer = _tokenizer(directory)
     chat = tokenizer.chat_template is not None if args.chat is None else args.chat
+    codec = Codec(tokenizer)
     model, params = _load(directory, args)
     how = {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "chat": chat}
     if args.prompts:
-        _answer_file(model, params, tokenizer, rows, args, how)
+        _answer_file(model, params, codec, rows, args, how)
     elif args.prompt is not None:
-        _say(stream(model, params, tokenizer, args.prompt, **how))
+        _say(stream(model, params, codec, args.prompt, **how))
     else:
-        _talk(model, params, tokenizer, how)
+        _talk(model, params, codec, how)
     return 0
 
 
@@ -154,7 +155,7 @@ def _say(pieces: Iterator[str]) -> str:
     return "".join(written)
 
 
-def _talk(model: Any, params: Any, tokenizer: Any, how: dict[str, Any]) -> None:
+def _talk(model: Any, params: Any, codec: Codec, how: dict[str, Any]) -> None:
     """Reads a line, answers it, and so on. In a chat the model sees the whole conversation."""
     _note(
         ("A chat" if how["chat"] else "Text is continued as it is (no chat template)")
@@ -174,7 +175,7 @@ def _talk(model: Any, params: Any, tokenizer: Any, how: dict[str, Any]) -> None:
         elif line:
             asked = [*said, {"role": "user", "content": line}]
             try:
-                answer = _say(stream(model, params, tokenizer, asked if how["chat"] else line, **how))
+                answer = _say(stream(model, params, codec, asked if how["chat"] else line, **how))
             except KeyboardInterrupt:
                 _note("\n(stopped)")
                 continue
@@ -213,11 +214,11 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _answer_file(model, params, tokenizer, rows, args: argparse.Namespace, how: dict[str, Any]) -> None:
+def _answer_file(model, params, codec, rows, args: argparse.Namespace, how: dict[str, Any]) -> None:
     """Answers in the order of the file; the output takes its name when it is whole."""
     for entry in rows:  # all of them first, so that a bad one stops nothing half done
         try:
-            encode(model, tokenizer, [entry["prompt"]], max_new_tokens=how["max_new_tokens"], chat=how["chat"])
+            codec.encode(model, entry["prompt"], max_new_tokens=how["max_new_tokens"], chat=how["chat"])
         except UserError as error:
             raise UserError(f"{entry['where']}: {error}") from None
     out = Path(args.out) if args.out else None
@@ -228,7 +229,7 @@ def _answer_file(model, params, tokenizer, rows, args: argparse.Namespace, how: 
         for first in range(0, len(rows), at_once):
             chunk = rows[first : first + at_once]
             answers = complete(
-                model, params, tokenizer, [entry["prompt"] for entry in chunk], batch_size=args.batch_size,
+                model, params, codec, [entry["prompt"] for entry in chunk], batch_size=args.batch_size,
                 first_place=first, **how,
             )  # fmt: skip
             for entry, answer in zip(chunk, answers, strict=True):

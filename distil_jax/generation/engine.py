@@ -27,13 +27,13 @@ def steps(
     *,
     max_new_tokens: int,
     sampling: Sampling,
-    text_vocab: int,
     places: Sequence[int] | None = None,
 ) -> Iterator[np.ndarray]:
     """The next token of every prompt, int32 [B], `max_new_tokens` times; close the iterator when enough is seen.
 
-    prompts: token ids, of any lengths from 1. text_vocab: ids from here on are never chosen. places: what distinguishes
-    the random draws of the prompts (None: their order).
+    model: ids from its `text_vocab_size` on are never chosen (`Model.with_tokenizer` tells it where they end).
+    prompts: token ids, of any lengths from 1. places: what distinguishes the random draws of the prompts (None: their
+    order).
     """
     params = jax.tree.map(jnp.asarray, params)  # arrays of the host too are placed once
     mesh = _mesh_of(params)
@@ -52,13 +52,13 @@ def steps(
     # Seed and step are arrays, the rest of the sampling shapes the program.
     seed, how = np.uint32(sampling.seed % 2**32), _unseeded(sampling)
     capacity = _bucket(columns + max_new_tokens)
-    token_B, stored = _first(model, how, text_vocab, capacity, mesh, params, tokens, start, keys, seed)
+    token_B, stored = _first(model, how, capacity, mesh, params, tokens, start, keys, seed)
     yield np.asarray(token_B)[: len(prompts)]  # at once, before anything of the decoding is traced or compiled
     if mesh is None and jax.tree.leaves(params)[0].devices().pop().platform == "cpu":
         params = cache.layer_views(params)
     before = None
     for step in range(1, max_new_tokens):
-        token_B, stored = _next(model, how, text_vocab, mesh, params, stored, token_B, keys, seed, np.int32(step))
+        token_B, stored = _next(model, how, mesh, params, stored, token_B, keys, seed, np.int32(step))
         if before is not None:
             yield np.asarray(before)[: len(prompts)]
         before = token_B
@@ -66,20 +66,20 @@ def steps(
         yield np.asarray(before)[: len(prompts)]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _first(model, sampling, text_vocab, capacity, mesh, params, tokens_BxL, start_B, keys_B, seed):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _first(model, sampling, capacity, mesh, params, tokens_BxL, start_B, keys_B, seed):
     hidden_BxD, stored = cache.prefill(model, params, tokens_BxL, start_B, capacity)
-    return _choose(model, sampling, text_vocab, mesh, params, hidden_BxD, keys_B, seed, 0), stored
+    return _choose(model, sampling, mesh, params, hidden_BxD, keys_B, seed, 0), stored
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5,))
-def _next(model, sampling, text_vocab, mesh, params, stored, token_B, keys_B, seed, step):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
+def _next(model, sampling, mesh, params, stored, token_B, keys_B, seed, step):
     hidden_BxD, stored = cache.decode(model, params, stored, token_B)
-    return _choose(model, sampling, text_vocab, mesh, params, hidden_BxD, keys_B, seed, step), stored
+    return _choose(model, sampling, mesh, params, hidden_BxD, keys_B, seed, step), stored
 
 
-def _choose(model, sampling, text_vocab, mesh, params, hidden_BxD, keys_B, seed, step):
-    logits_VxB = mask_rows(unembed(model.unembedding(params), hidden_BxD), text_vocab)
+def _choose(model, sampling, mesh, params, hidden_BxD, keys_B, seed, step):
+    logits_VxB = mask_rows(unembed(model.unembedding(params), hidden_BxD), model.config.text_vocab_size)
     keys_B = jax.vmap(lambda key: jax.random.fold_in(jax.random.key(seed), key))(keys_B)
     token_B = choose(logits_VxB, sampling, keys_B, step)
     # Whole on every device, so that each host of several can read it.

@@ -36,13 +36,6 @@ def slots(model: Model, capacity: int) -> tuple[int, ...]:
     return tuple(capacity if kind.window is None else min(kind.window, capacity) for kind in kinds)
 
 
-def nbytes(model: Model, rows: int, capacity: int, dtype) -> int:
-    """Bytes of a cache."""
-    c, (_, kind_of_layer) = model.config, model.layer_kinds()
-    columns = sum(slots(model, capacity)[kind] for kind in kind_of_layer)
-    return 2 * rows * columns * c.num_key_value_heads * c.head_dim * jnp.dtype(dtype).itemsize
-
-
 def layer_views(params: Params) -> Params:
     """The parameters with `layers` as a list of layers, each in the memory of the stacked arrays. CPU only.
 
@@ -161,7 +154,7 @@ def _columns_to_slots(x_BxLxGxK: Float[Array, "B L G K"], T: int) -> Float[Array
 def _visible(cache: Cache, T: int) -> Bool[Array, "B T"]:
     """Which slots the next column (which is stored first) sees: slot s holds the newest column c with c % T == s."""
     columns = cache.length - (cache.length - jnp.arange(T)) % T
-    return columns[None] >= jnp.maximum(cache.start_B, 0)[:, None]
+    return columns[None] >= cache.start_B[:, None]
 
 
 def _attend_one(

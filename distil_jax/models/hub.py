@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distil_jax.errors import UserError
+from distil_jax.manifest import replace_folder
 from distil_jax.models import shards
 from distil_jax.models.config import DecoderConfig
 from distil_jax.models.decoder import Model, Params
@@ -160,11 +161,10 @@ def save_pretrained(
         try:
             write_tensors(tensors, partial, shard_bytes)
             write_json(partial / "config.json", config)
-            kept = {"_from_model_config": True} if generation_config is None else dict(generation_config)
-            write_json(partial / "generation_config.json", kept | {k: v for k, v in ids.items() if v is not None})
+            write_json(partial / "generation_config.json", _generation(ids, generation_config))
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
-            _replace(partial, target)
+            replace_folder(partial, target)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -234,11 +234,15 @@ def _special_ids(config: DecoderConfig, tokenizer) -> dict:
     return ids
 
 
-def _replace(partial: Path, target: Path):
-    """Renames `partial` to `target`; an earlier model steps aside first and is removed last."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+def _generation(ids: dict, source: Mapping | None) -> dict:
+    """generation_config.json: the settings of `source` under our special ids. A list of end tokens of its own that
+    holds ours is kept: an instruct model ends its turn with another token than its text."""
+    ids = {key: value for key, value in ids.items() if value is not None}
+    if source is None:
+        return {"_from_model_config": True} | ids
+    ends = source.get("eos_token_id")
+    if isinstance(ends, list) and ids.get("eos_token_id") in ends:
+        ids["eos_token_id"] = ends
+    # With the first of these transformers would derive all of it anew.
+    dropped = ("_from_model_config", "transformers_version")
+    return {key: value for key, value in source.items() if key not in dropped} | ids
