@@ -58,10 +58,10 @@ def complete(
 ) -> list[Completion]:
     """Continues each prompt up to a stop id of the model's config or `max_new_tokens`.
 
-    tokenizer: a transformers tokenizer, a directory, a ByteTable, or a Codec of one of them.
-    Prompts of text are encoded as they are (a control
-    token's name in them stays text) after the beginning-of-sequence token if the vocabulary has one; with `chat`, and
-    for conversations, the tokenizer's chat template renders them, and the end of a turn stops the answer too.
+    tokenizer: a transformers tokenizer, a directory, a ByteTable, or a Codec of one of them. Prompts of text are
+    encoded as they are (a control token's name in them stays text) after the beginning-of-sequence token if the
+    vocabulary has one; with `chat`, and for conversations, the tokenizer's chat template renders them, and the end of a
+    turn stops the answer too.
     Prompts of like length are batched together, `batch_size` at a time; a mesh that the parameters lie on is used.
     Random draws depend on the seed and on a prompt's place, counted from `first_place`.
 
