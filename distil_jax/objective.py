@@ -8,14 +8,13 @@ because a token that keeps only a share of its cross-entropy and gets no teacher
 Sums are global, so the value does not depend on the mesh or on how documents were packed.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from distil_jax.freezing import merge
 from distil_jax.losses import head
@@ -52,32 +51,28 @@ class Objective:
     mesh: Mesh | None = None
 
 
-def make_loss(objective: Objective) -> Callable[[Any, Frozen, Batch, jax.Array], tuple[jax.Array, dict[str, Any]]]:
+class Loss:
     """`loss(params, frozen, batch, step) -> (scalar, metrics)`; a metric is (sum, count) over the global batch.
 
-    `params` is what learns; with `frozen.own` it makes the whole model.
+    `params` is what learns, by part: {"model": parameters of the learning model}. With `frozen.own` that makes the
+    whole model.
     """
-    o = objective
-    dtype = jnp.dtype(o.compute_dtype)
 
-    def hidden_of(model, params, batch, side):
-        params = cast(params, dtype)
-        hidden = model.hidden(
-            params,
-            batch[f"{side}_tokens"],
-            segment_ids=batch[f"{side}_segment_ids"],
-            positions=batch[f"{side}_positions"],
-            remat=o.remat and side == o.side,
-        )
-        return hidden, model.unembedding(params)
+    def __init__(self, objective: Objective):
+        self.objective = objective
 
-    def loss(params, frozen, batch, step):
-        weights = batch[f"{o.side}_weights"].astype(jnp.float32)
-        if o.side == "student":
-            weights = weights * frozen.specialty_weights_S[batch["specialty"]]
-        total = jnp.maximum(jnp.sum(weights), 1e-6)
-        params = merge(params, frozen.own or {})
-        hidden, unembedding = hidden_of(o.model, params, batch, o.side)
+    def totals(self, frozen: Frozen, batch: Batch) -> dict[str, Float[Array, ""]]:
+        """What the sums of each term are divided by: global over the batch, so that a batch may be taken in pieces."""
+        return {"weights": jnp.maximum(jnp.sum(self._weights(frozen, batch)), 1e-6)}
+
+    def __call__(
+        self, params: Any, frozen: Frozen, batch: Batch, step: Int[Array, ""], totals: dict[str, Any] | None = None
+    ) -> tuple[Float[Array, ""], dict[str, Any]]:
+        """The loss of a batch, or of a piece of the batch whose `totals` are given: pieces add up to the whole."""
+        o = self.objective
+        totals = self.totals(frozen, batch) if totals is None else totals
+        weights = self._weights(frozen, batch) / totals["weights"]
+        hidden, unembedding = self._hidden(o.model, merge(params["model"], frozen.own or {}), batch, o.side)
         options = {
             "label_smoothing": o.label_smoothing,
             "text_vocab": o.model.config.text_vocab_size,
@@ -86,24 +81,41 @@ def make_loss(objective: Objective) -> Callable[[Any, Frozen, Batch, jax.Array],
         }
         labels = batch[f"{o.side}_targets"]
         if o.teacher is None:
-            value, out = head.distill(hidden, unembedding, labels, weights / total, **options)
+            value, out = head.distill(hidden, unembedding, labels, weights, **options)
             return value, _metrics(batch, o.side, out, None, frozen)
 
         alpha, temperature = o.alpha(step), o.temperature(step)
         taught = ((batch["role"] == ROOT) & (batch["student_weights"] > 0)).astype(jnp.float32)
         alpha_BxL = 1 - (1 - alpha) * taught
-        teacher_hidden, teacher_unembedding = hidden_of(o.teacher, frozen.teacher, batch, "teacher")
+        teacher_hidden, teacher_unembedding = self._hidden(o.teacher, frozen.teacher, batch, "teacher")
         at = batch["teacher_position"][..., None]
         teacher = head.Teacher(jnp.take_along_axis(teacher_hidden, at, axis=1), teacher_unembedding, frozen.projection)
         value, out = head.distill(
-            hidden, unembedding, labels, weights * alpha_BxL / total,
-            teacher=teacher, kl_weights_BxL=weights * (1 - alpha_BxL) / total, temperature=temperature, **options,
+            hidden, unembedding, labels, weights * alpha_BxL,
+            teacher=teacher, kl_weights_BxL=weights * (1 - alpha_BxL), temperature=temperature, **options,
         )  # fmt: skip
         metrics = _metrics(batch, o.side, out, taught, frozen)
         one = jnp.float32(1)
         return value, metrics | {"alpha": (alpha, one), "temperature": (temperature, one)}
 
-    return loss
+    def _weights(self, frozen: Frozen, batch: Batch) -> Float[Array, "B L"]:
+        """The weight of each token, before it is divided by their sum."""
+        weights = batch[f"{self.objective.side}_weights"].astype(jnp.float32)
+        if self.objective.side == "student":
+            weights = weights * frozen.specialty_weights_S[batch["specialty"]]
+        return weights
+
+    def _hidden(self, model: Any, params: Any, batch: Batch, side: str) -> tuple[jax.Array, Any]:
+        """Hidden states and unembedding of a model on its side of the batch."""
+        params = cast(params, jnp.dtype(self.objective.compute_dtype))
+        hidden = model.hidden(
+            params,
+            batch[f"{side}_tokens"],
+            segment_ids=batch[f"{side}_segment_ids"],
+            positions=batch[f"{side}_positions"],
+            remat=self.objective.remat and side == self.objective.side,
+        )
+        return hidden, model.unembedding(params)
 
 
 def _metrics(batch, side, out, taught, frozen) -> dict[str, Any]:

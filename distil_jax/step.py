@@ -10,7 +10,7 @@ import optax
 from distil_jax.losses.schedules import Schedule
 from distil_jax.objective import Frozen, reduce
 
-State = dict[str, Any]  # params, opt_state, step, skipped
+State = dict[str, Any]  # params (by part, see objective.Loss), opt_state, step, skipped
 
 
 def make_optimizer(

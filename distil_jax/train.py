@@ -27,7 +27,7 @@ from distil_jax.losses.schedules import learning_rate, schedule
 from distil_jax.losses.weights import parse_weights, specialty_weights
 from distil_jax.metrics import MetricsWriter, Progress, read_metrics
 from distil_jax.models import hub
-from distil_jax.objective import Frozen, Objective, make_loss
+from distil_jax.objective import Frozen, Loss, Objective
 from distil_jax.projection import Projection
 from distil_jax.step import init_state, make_optimizer, make_step
 from distil_jax.workdir import Workdir
@@ -72,8 +72,8 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
         parameters = learners.count(params)
         params, own = freezing.split(params, t.freeze)
         frozen, trainable = frozen._replace(own=own), learners.count(params)
-        shardings = freezing.split(sharding.param_shardings(model, mesh), t.freeze)[0]
-        state = placed(jax.jit(init_state, static_argnums=1)(params, optimizer), optimizer, shardings, mesh)
+        shardings = {"model": freezing.split(sharding.param_shardings(model, mesh), t.freeze)[0]}
+        state = placed(jax.jit(init_state, static_argnums=1)({"model": params}, optimizer), optimizer, shardings, mesh)
         del params
         checkpoints = Checkpoints(stage.folder / "checkpoints", keep=2, save_every=t.checkpoint_every)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
@@ -87,7 +87,7 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
             process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
         curve = Curve(config, work, corpus, run.side, model, mesh, tables)
-        update = make_step(make_loss(objective), optimizer, rate)
+        update = make_step(Loss(objective), optimizer, rate)
 
         # ---- loop: dispatch step n, then read what step n - 1 reported ----------------------------------------------
         metrics = MetricsWriter(stage.folder / "metrics.jsonl", resume_step=start + 1 if start else 0)
@@ -95,7 +95,7 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
         with metrics, Progress(t.steps, name, start=start) as progress, on_sigterm() as stop:
             if start == 0:
                 sizes = {"parameters": parameters, "trainable_parameters": trainable}
-                metrics.write(0, **sizes, **curve(freezing.merge(state["params"], own)))
+                metrics.write(0, **sizes, **curve(freezing.merge(state["params"]["model"], own)))
             pending = None
             for done, batch in enumerate(itertools.islice(loader.iterate(start), t.steps - start), start + 1):
                 tokens = int((batch[f"{run.side}_segment_ids"] > 0).sum())
@@ -109,7 +109,7 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
                     log(metrics, progress, *pending, t, names, stage.folder)
                     pending = None
                 if evaluates:
-                    metrics.write(done, **curve(freezing.merge(state["params"], own)))
+                    metrics.write(done, **curve(freezing.merge(state["params"]["model"], own)))
                 if saves:
                     checkpoints.save(done, state, force=stop.requested)
                 if stop.requested:
@@ -117,7 +117,7 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
                     print(f"{name}: stopped at step {done}, state saved; start it again to go on", file=sys.stderr)
                     raise SystemExit(128 + signal.SIGTERM)
         checkpoints.close()
-        params = freezing.merge(state["params"], own)
+        params = freezing.merge(state["params"]["model"], own)
         if start == t.steps:  # it was finished, but stopped before it could say so
             curve(params)
         tokenizer = learners.hf_tokenizer(work, run.side)

@@ -10,7 +10,7 @@ from distil_jax.errors import UserError
 from distil_jax.losses.head import distill
 from distil_jax.losses.schedules import learning_rate
 from distil_jax.models import hub
-from distil_jax.objective import Frozen, Objective, make_loss
+from distil_jax.objective import Frozen, Loss, Objective
 from distil_jax.step import init_state, make_optimizer, make_step
 
 B, L, V = 8, 12, 53
@@ -46,8 +46,8 @@ def batch():
 @pytest.fixture(scope="module")
 def whole(model, params, batch):
     """Loss and gradient of the model when all of it learns."""
-    return jax.jit(jax.value_and_grad(make_loss(Objective(model, "teacher", block=16)), has_aux=True))(
-        params, Frozen(jnp.ones(1)), batch, jnp.int32(0)
+    return jax.jit(jax.value_and_grad(Loss(Objective(model, "teacher", block=16)), has_aux=True))(
+        {"model": params}, Frozen(jnp.ones(1)), batch, jnp.int32(0)
     )
 
 
@@ -81,7 +81,7 @@ def test_a_path_that_leads_nowhere_names_the_nearest_and_everything_is_refused(p
 @pytest.mark.parametrize("freeze", ["embedding", "layers,final_norm"])
 def test_the_first_update_is_adamw_over_what_learns(model, params, batch, whole, freeze):
     """Written out in float64 from the gradients of the whole model: one norm, one clip, over what learns."""
-    loss, everything = make_loss(Objective(model, "teacher", block=16)), leaves(whole[1])
+    loss, everything = Loss(Objective(model, "teacher", block=16)), leaves(whole[1]["model"])
     learning, own = freezing.split(params, freeze)
     gradient = {k: everything[k].astype(np.float64) for k in leaves(learning)}
     norm = np.sqrt(sum((g**2).sum() for g in gradient.values()))
@@ -89,10 +89,10 @@ def test_the_first_update_is_adamw_over_what_learns(model, params, batch, whole,
 
     rate = learning_rate(1e-2, 1, 10, 0.1)
     optimizer = make_optimizer(rate, weight_decay=WEIGHT_DECAY, clip=CLIP)
-    state = init_state(jax.tree.map(jnp.copy, learning), optimizer)
+    state = init_state({"model": jax.tree.map(jnp.copy, learning)}, optimizer)
     state, report = make_step(loss, optimizer, rate)(state, Frozen(jnp.ones(1), own=own), batch)
     assert float(report["gradient_norm"]) == pytest.approx(norm, rel=1e-5)
-    before, after = leaves(learning), leaves(state["params"])
+    before, after = leaves(learning), leaves(state["params"]["model"])
     for name, g in gradient.items():
         g = g * min(1, CLIP / norm)
         decayed = before[name].ndim >= 2 and "scale" not in name
@@ -113,12 +113,12 @@ def test_on_a_mesh_of_eight_what_learns_has_the_gradient_it_has_in_the_whole(mod
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, sharding.param_shardings(model, mesh))
         learning, own = freezing.split(placed, "embedding")
-        loss = jax.jit(jax.value_and_grad(make_loss(Objective(model, "teacher", block=16, mesh=mesh)), has_aux=True))
+        loss = jax.jit(jax.value_and_grad(Loss(Objective(model, "teacher", block=16, mesh=mesh)), has_aux=True))
         frozen = Frozen(jnp.ones(1), own=own)
-        (value, _), gradient = loss(learning, frozen, sharding.put_batch(batch, mesh), jnp.int32(0))
+        (value, _), gradient = loss({"model": learning}, frozen, sharding.put_batch(batch, mesh), jnp.int32(0))
     assert float(value) == pytest.approx(float(whole[0][0]), rel=1e-6)
-    expected = freezing.split(whole[1], "embedding")[0]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), expected, gradient)
+    expected = freezing.split(whole[1]["model"], "embedding")[0]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), expected, gradient["model"])
 
 
 def test_the_gradient_of_a_frozen_embedding_never_exists():

@@ -28,7 +28,7 @@ from distil_jax.models import (
     save_pretrained,
 )
 from distil_jax.models.layers import RMSNorm, attend, attention_map, attention_mask, segment_positions
-from distil_jax.objective import Frozen, Objective, make_loss
+from distil_jax.objective import Frozen, Loss, Objective
 
 SIZES = dict(vocab_size=97, intermediate_size=48, num_attention_heads=4, max_position_embeddings=128)
 LINEAR = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0}
@@ -360,7 +360,7 @@ def test_rows_beyond_the_tokenizer_are_kept_and_in_no_softmax(model_type, tmp_pa
             ("tokens", labels), ("targets", labels), ("weights", weights), ("segment_ids", jnp.ones_like(labels)),
             ("positions", jnp.arange(9)[None]),
         )}  # fmt: skip
-        return make_loss(objective)(params, Frozen(jnp.ones(1)), batch, 0)[0]
+        return Loss(objective)({"model": params}, Frozen(jnp.ones(1)), batch, 0)[0]
 
     log_p = jax.nn.log_softmax(logits[..., :60].astype(jnp.float32))
     want = -jnp.mean(jnp.take_along_axis(log_p, labels[..., None], axis=-1))

@@ -11,7 +11,7 @@ from distil_jax.losses.kd import ProjectionTable
 from distil_jax.losses.schedules import learning_rate, schedule
 from distil_jax.losses.weights import parse_weights, specialty_weights
 from distil_jax.models import hub
-from distil_jax.objective import Frozen, Objective, make_loss
+from distil_jax.objective import Frozen, Loss, Objective
 from distil_jax.step import init_state, make_optimizer, make_step
 from distil_jax.tokens.align import CROSSING, NONE, ROOT
 
@@ -65,7 +65,7 @@ def frozen(models):
 def distilling(models, **options):
     student, _, teacher, _ = models
     settings = {"alpha": schedule("linear", 0.3, 0.7, 10), "temperature": schedule("exponential", 4.0, 1.0, 10)}
-    return make_loss(Objective(student, teacher=teacher, **settings | options))
+    return Loss(Objective(student, teacher=teacher, **settings | options))
 
 
 def test_the_loss_is_its_formula(models, batch, frozen):
@@ -73,7 +73,7 @@ def test_the_loss_is_its_formula(models, batch, frozen):
     student, params, teacher, teacher_params = models
     f, W = frozen
     step = 5
-    value, metrics = distilling(models)(params, f, batch, jnp.int32(step))
+    value, metrics = distilling(models)({"model": params}, f, batch, jnp.int32(step))
     alpha, tau = 0.5, 4 * np.exp(-np.log(4) * step / 10)
 
     def log_softmax(model, params, side, t):
@@ -108,7 +108,7 @@ def test_the_loss_is_its_formula(models, batch, frozen):
 def test_the_gradient_equals_finite_differences(models, batch, frozen):
     _, params, *_ = models
     loss = distilling(models)
-    value = lambda p: loss(p, frozen[0], batch, jnp.int32(3))[0]  # noqa: E731
+    value = lambda p: loss({"model": p}, frozen[0], batch, jnp.int32(3))[0]  # noqa: E731
     gradient = jax.grad(value)(params)
     direction = jax.tree.map(lambda x: jax.random.normal(jax.random.key(7), x.shape), params)
     along = sum(jax.tree.leaves(jax.tree.map(lambda g, d: jnp.sum(g * d), gradient, direction)))
@@ -120,10 +120,11 @@ def test_the_gradient_equals_finite_differences(models, batch, frozen):
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
 def test_the_same_numbers_on_a_mesh_of_eight(models, batch, frozen, shape):
     student, params, *_ = models
+    params = {"model": params}
     one = jax.jit(jax.value_and_grad(distilling(models), has_aux=True))(params, frozen[0], batch, jnp.int32(4))
     mesh = sharding.make_mesh(*shape)
     with jax.set_mesh(mesh):
-        sharded = jax.device_put(params, sharding.param_shardings(student, mesh))
+        sharded = jax.device_put(params, {"model": sharding.param_shardings(student, mesh)})
         loss = distilling(models, mesh=mesh)
         many = jax.jit(jax.value_and_grad(loss, has_aux=True))(
             sharded, frozen[0], sharding.put_batch(batch, mesh), jnp.int32(4)
@@ -162,7 +163,7 @@ def test_the_loss_does_not_depend_on_the_packing(models, frozen):
         packed["specialty"][0, here] = apart["specialty"][n, there] = n
         start += length
     loss = distilling(models)
-    values = [float(loss(models[1], frozen[0], b, jnp.int32(0))[0]) for b in (packed, apart)]
+    values = [float(loss({"model": models[1]}, frozen[0], b, jnp.int32(0))[0]) for b in (packed, apart)]
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
@@ -170,9 +171,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(models, batch)
     student, params, *_ = models
     rate = learning_rate(1e-2, 1, 10, 0.1)
     optimizer = make_optimizer(rate, weight_decay=0.1, clip=1.0)
-    loss = make_loss(Objective(student))
+    loss = Loss(Objective(student))
     step = make_step(loss, optimizer, rate)
-    state = init_state(jax.tree.map(jnp.copy, params), optimizer)
+    state = init_state({"model": jax.tree.map(jnp.copy, params)}, optimizer)
     state, report = step(state, Frozen(jnp.ones(3)), batch)
     good = jax.tree.map(np.asarray, state)
     assert int(report["skipped"]) == 0
