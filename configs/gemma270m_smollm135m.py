@@ -11,7 +11,7 @@ The teacher first learns the definitions of the Human Phenotype Ontology with it
 million parameters move, and the gradient and the optimiser state of a 262,144 x 640 matrix never exist. Then the same
 student is trained three times with equal steps and batches: control, smoothing, distilled.
 
-Estimated at 40 minutes on a laptop with eight cores, from the measured steps of two (docs/recipes.md); 10.1 GiB of
+Estimated at 40 minutes on a laptop with eight cores, from the measured steps of two (docs/recipes.md); 11.2 GiB of
 memory at its fullest.
 
 It prints, and writes to summary.json and report/index.html, bits per byte, token accuracy and agreement with the
