@@ -82,6 +82,9 @@ def get_config() -> ConfigDict:
     c.objective.alpha = schedule("constant", 0.5, 0.5)  # share of cross-entropy where the teacher has something to say
     # The paper: schedule("exponential", 8.0, 1.0). Here every start above 1 cost bits (docs/results.md).
     c.objective.temperature = schedule("constant", 1.0, 1.0)
+    c.objective.divergence = "forward"  # KL(teacher || student); also reverse, skewed_forward, skewed_reverse, jsd
+    c.objective.skew = 0.1  # share of the teacher in the mixture of the last three (0.5 is usual for jsd)
+    c.objective.top_k = 0  # of the teacher's tokens that are projected, the others as one remainder; 0: all of them
     c.objective.specialty_weighting = "given"  # or "inverse_frequency"
     c.objective.specialty_weights = ""  # "cardiology=1.2,radiology=1.0"; 1 where a specialty is not named
     c.objective.label_smoothing = 0.1  # of the smoothing control alone

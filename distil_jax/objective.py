@@ -1,6 +1,6 @@
 """The whole loss of a batch: from the models' parameters to one scalar.
 
-    sum_n w_n (alpha_n CE_n + (1 - alpha_n) tau^2 KL_n) / sum_n w_n
+    sum_n w_n (alpha_n CE_n + (1 - alpha_n) tau^2 D_n) / sum_n w_n
 
 over the supervised tokens n of the batch. `w_n` is the weight of the token's specialty. `alpha_n` is per position:
 where the teacher says nothing about the student's token (no shared boundary) cross-entropy carries the whole weight,
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from distil_jax.freezing import merge
 from distil_jax.losses import head
-from distil_jax.losses.kd import ProjectionTable
+from distil_jax.losses.kd import PlacedTable, ProjectionTable
 from distil_jax.losses.schedules import Schedule
 from distil_jax.models.int8 import cast
 from distil_jax.tokens.align import ROOT
@@ -31,7 +31,8 @@ class Frozen(NamedTuple):
 
     specialty_weights_S: Float[Array, " S"]
     teacher: Any = None  # parameters of the teacher
-    projection: ProjectionTable | None = None
+    projection: ProjectionTable | PlacedTable | None = None
+    teacher_rows: Any = None  # kd.rows_of the teacher's head, where the vocabulary is spread; None: the head itself
     own: Any = None  # the frozen part of the learning model's parameters (freezing.py); None: all of it learns
 
 
@@ -44,8 +45,11 @@ class Objective:
     teacher: Any = None  # the model that teaches
     alpha: Schedule | None = None
     temperature: Schedule | None = None
+    divergence: str = "forward"  # of losses/divergence.py
+    skew: float = 0.1
+    top_k: int = 0  # of the teacher's tokens, with a remainder; 0: all of them
     label_smoothing: float = 0.0
-    block: int = head.BLOCK
+    block: int = 0
     compute_dtype: str = "float32"
     remat: bool = False
     mesh: Mesh | None = None
@@ -89,10 +93,12 @@ class Loss:
         alpha_BxL = 1 - (1 - alpha) * taught
         teacher_hidden, teacher_unembedding = self._hidden(o.teacher, frozen.teacher, batch, "teacher")
         at = batch["teacher_position"][..., None]
-        teacher = head.Teacher(jnp.take_along_axis(teacher_hidden, at, axis=1), teacher_unembedding, frozen.projection)
+        rows = teacher_unembedding if frozen.teacher_rows is None else cast(frozen.teacher_rows, teacher_hidden.dtype)
+        teacher = head.Teacher(jnp.take_along_axis(teacher_hidden, at, axis=1), rows, frozen.projection)
         value, out = head.distill(
             hidden, unembedding, labels, weights * alpha_BxL,
-            teacher=teacher, kl_weights_BxL=weights * (1 - alpha_BxL), temperature=temperature, **options,
+            teacher=teacher, kl_weights_BxL=weights * (1 - alpha_BxL), temperature=temperature,
+            divergence=o.divergence, skew=o.skew, top_k=o.top_k, **options,
         )  # fmt: skip
         metrics = _metrics(batch, o.side, out, taught, frozen)
         one = jnp.float32(1)

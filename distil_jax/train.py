@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from distil_jax import freezing, learners, sharding
@@ -23,7 +24,10 @@ from distil_jax.checkpoint import Checkpoints, on_sigterm
 from distil_jax.data.loader import Loader
 from distil_jax.errors import UserError
 from distil_jax.eval import likelihood
+from distil_jax.losses.divergence import checked
+from distil_jax.losses.kd import place, rows_of
 from distil_jax.losses.schedules import learning_rate, schedule
+from distil_jax.losses.vocabulary import Shards
 from distil_jax.losses.weights import parse_weights, specialty_weights
 from distil_jax.metrics import MetricsWriter, Progress, read_metrics
 from distil_jax.models import hub
@@ -156,14 +160,23 @@ def recipe(config, work, run, model, mesh, corpus, tables) -> tuple[Objective, F
     work.require("projection")
     teacher, teacher_params = learners.teacher(work, mesh, config.teacher.dtype)
     projection = Projection.load(work / "projection", teacher=tables["teacher"], student=tables["student"])
+    shards = Shards.of(mesh)
+    table, rows = place(projection.table(), shards), None
+    if shards.size > 1:
+        over_shards = NamedSharding(mesh, PartitionSpec(shards.axes))
+        table = jax.device_put(table, over_shards)
+        rows = jax.jit(rows_of, out_shardings=over_shards)(teacher.unembedding(teacher_params), table)
     objective = Objective(
         model,
         teacher=teacher,
         alpha=schedule(o.alpha.kind, o.alpha.start, o.alpha.end, t.steps),
         temperature=schedule(o.temperature.kind, o.temperature.start, o.temperature.end, t.steps),
+        divergence=checked(o.divergence),
+        skew=o.skew,
+        top_k=o.top_k,
         **common,
     )
-    return objective, Frozen(jnp.asarray(weights), teacher_params, projection.table())
+    return objective, Frozen(jnp.asarray(weights), teacher_params, table, rows)
 
 
 def check_frozen(work: Workdir) -> None:

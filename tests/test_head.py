@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distil_jax.losses.head import Teacher, distill, score
-from distil_jax.losses.kd import ProjectionTable
+from distil_jax.losses.divergence import KINDS, UNIFORM
+from distil_jax.losses.head import Teacher, TopKTeacher, block_size, distill, score
+from distil_jax.losses.kd import PlacedTable, ProjectionRows, ProjectionTable, place, rows_of
+from distil_jax.losses.vocabulary import Shards
 from distil_jax.sharding import make_mesh
 
 B, L, D, DT, VS, VT, TEXT_VS, TEXT_VT = 8, 9, 6, 5, 23, 37, 21, 34
@@ -63,22 +65,112 @@ def reference(c, tau, smoothing):
     return loss, ce, kl, kl1, z.argmax(-1), dz @ E, dE
 
 
-def run(c, tau, smoothing=0.0, block=512, mesh=None, kd=True, jit=True):
-    table = ProjectionTable(
-        jnp.int32(c["table"][0]), jnp.int32(c["table"][1]), jnp.float32(c["table"][2]), jnp.arange(VT - 1) < TEXT_VT
-    )
-    teacher = Teacher(jnp.float32(c["teacher_hidden"]), jnp.float32(c["Et"]), table) if kd else None
+def table_of(c):
+    mapped = jnp.arange(VT - 1) < TEXT_VT
+    return ProjectionTable(jnp.int32(c["table"][0]), jnp.int32(c["table"][1]), jnp.float32(c["table"][2]), mapped)
+
+
+def teacher_of(c, mesh=None):
+    table = place(table_of(c), Shards.of(mesh))
+    return Teacher(jnp.float32(c["teacher_hidden"]), rows_of(jnp.float32(c["Et"]), table), table)
+
+
+def named_teacher_of(c, tau, k):
+    """What a store of the teacher's k likeliest tokens holds, made in float64."""
+    t = (c["teacher_hidden"] @ c["Et"].T)[..., :TEXT_VT]
+    ids = np.argsort(-t, axis=-1)[..., :k]
+    logs = [np.take_along_axis(np.log(softmax(t / x)), ids, axis=-1) for x in (tau, 1.0)]
+    slots = np.argsort(c["W"] == 0, axis=1, kind="stable")[:, :4]
+    weights = np.take_along_axis(c["W"], slots, axis=1)
+    rows = ProjectionRows(jnp.int32(np.where(weights > 0, slots, -1)), jnp.float32(weights))
+    return TopKTeacher(jnp.int32(ids), *map(jnp.float32, logs), rows)
+
+
+def run(c, tau, smoothing=0.0, block=512, mesh=None, kd=True, teacher=None, **options):
+    if kd and teacher is None:
+        teacher = teacher_of(c, mesh)
 
     def f(h, E):
         return distill(
             h, E, jnp.int32(c["labels"]), jnp.float32(c["ce_w"]), teacher=teacher,
             kl_weights_BxL=jnp.float32(c["kl_w"]) if kd else None, temperature=tau, label_smoothing=smoothing,
-            text_vocab=TEXT_VS, block=block, mesh=mesh,
+            text_vocab=TEXT_VS, block=block, mesh=mesh, **options,
         )  # fmt: skip
 
-    g = jax.value_and_grad(f, argnums=(0, 1), has_aux=True)
-    (loss, out), grads = (jax.jit(g) if jit else g)(jnp.float32(c["hidden"]), jnp.float32(c["E"]))
+    g = jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))
+    (loss, out), grads = g(jnp.float32(c["hidden"]), jnp.float32(c["E"]))
     return loss, out, grads
+
+
+def plain(c, tau, kind, skew, k):
+    """The loss written down with whole matrices and differentiated by JAX in float64."""
+    with jax.enable_x64(True):
+        x = {name: jnp.asarray(value) for name, value in c.items() if name != "table"}
+
+        def f(h, E):
+            z = (h @ E.T)[..., :TEXT_VS]
+            t = (x["teacher_hidden"] @ x["Et"].T)[..., :TEXT_VT]
+            q = jax.nn.softmax(t / tau)
+            W = x["W"][:TEXT_VT, :TEXT_VS]
+            if k:
+                q = jnp.where(t >= jnp.sort(t)[..., -k][..., None], q, 0)
+            p, s = q @ W, jax.nn.softmax(z / tau)
+            u = jnp.full(p.shape, 1 / TEXT_VS)
+            if k:  # cells: the tokens reached, and one for all others
+                on = p > 0
+                rest = lambda a: jnp.sum(jnp.where(on, 0, a), axis=-1, keepdims=True)  # noqa: E731
+                cells = lambda a, r: jnp.concatenate([jnp.where(on, a, 0), r], axis=-1)  # noqa: E731
+                p, s, u = cells(p, 1 - jnp.sum(p, -1, keepdims=True)), cells(s, rest(s)), cells(u, rest(u))
+            kl = lambda a, b: jnp.sum(  # noqa: E731
+                jnp.where(a > 0, a * (jnp.log(jnp.where(a > 0, a, 1)) - jnp.log(jnp.where(a > 0, b, 1))), 0), -1
+            )
+            m = {"skewed_reverse": (1 - skew) * p + skew * s}.get(kind, skew * p + (1 - skew) * s)
+            divergence = {
+                "forward": lambda: kl(p, s),
+                "reverse": lambda: kl(s, (1 - UNIFORM) * p + UNIFORM * u),
+                "skewed_forward": lambda: kl(p, m),
+                "skewed_reverse": lambda: kl(s, m),
+                "jsd": lambda: skew * kl(p, m) + (1 - skew) * kl(s, m),
+            }[kind]()
+            log_s1 = jax.nn.log_softmax(z)
+            ce = -jnp.take_along_axis(log_s1, x["labels"][..., None], -1)[..., 0]
+            return jnp.sum(x["ce_w"] * ce + x["kl_w"] * tau**2 * divergence), divergence
+
+        (loss, divergence), grads = jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(x["hidden"], x["E"])
+        return jax.tree.map(np.asarray, (loss, divergence, grads))
+
+
+def close(c, found, expected):
+    """Within 1e-5 of the largest number of each array."""
+    (loss, out, grads), (r_loss, r_divergence, r_grads) = found, expected
+    np.testing.assert_allclose(loss, r_loss, rtol=1e-5)
+    np.testing.assert_allclose(out.kl_BxL, r_divergence * (c["kl_w"] > 0), rtol=1e-5, atol=2e-6)
+    for a, b in zip(grads, r_grads, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [0, 1, 5])
+@pytest.mark.parametrize("tau", [1.0, 3.0])
+def test_every_divergence_equals_its_definition_in_float64(case, kind, k, tau):
+    """With all of the teacher and with its k likeliest tokens, whether it is at hand or was stored."""
+    skew = 0.5 if kind == "jsd" else 0.1
+    expected = plain(case, tau, kind, skew, k)
+    close(case, run(case, tau, block=7, divergence=kind, skew=skew, top_k=k), expected)
+    if k:
+        stored = run(case, tau, block=7, divergence=kind, skew=skew, teacher=named_teacher_of(case, tau, k))
+        close(case, stored, expected)
+        np.testing.assert_allclose(
+            stored[1].kl1_BxL, plain(case, 1.0, "forward", skew, k)[1] * (case["kl_w"] > 0), rtol=1e-5, atol=2e-6
+        )
+
+
+def test_a_remainder_is_taught_and_not_renormalised_away(case):
+    """With one token of the teacher, what the student puts anywhere else is pushed towards the teacher's remainder."""
+    full, _, _ = plain(case, 1.0, "forward", 0.1, 0)
+    coarse, _, _ = plain(case, 1.0, "forward", 0.1, 3)
+    assert coarse < full  # coarser cells can only lose divergence
+    assert float(run(case, 1.0, top_k=TEXT_VT)[0]) == pytest.approx(float(full), rel=1e-5)
 
 
 @pytest.mark.parametrize("tau", [1.0, 2.0, 8.0])
@@ -99,11 +191,53 @@ def test_value_and_gradients_equal_the_float64_reference(case, tau, block, smoot
 
 def test_a_mesh_of_eight_gives_the_numbers_of_one_device(case):
     one = run(case, 2.0, block=7)
-    for shape in ((8, 1, 1), (2, 4, 1), (2, 2, 2)):
+    for shape in ((8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 8, 1), (1, 4, 2)):
         mesh = make_mesh(*shape)
         with jax.set_mesh(mesh):
             many = run(case, 2.0, block=7, mesh=mesh)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one, many)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), one, many)
+
+
+@pytest.mark.parametrize("options", [{"divergence": "jsd"}, {"top_k": 3}, {"smoothing": 0.1}, {"stored": 4}])
+def test_so_do_the_other_losses(case, options):
+    """On a mesh whose axes do both: hand tokens to each other, and cut the vocabulary."""
+    stored = options.pop("stored", 0)
+    teacher = named_teacher_of(case, 2.0, stored) if stored else None
+    one = run(case, 2.0, block=7, teacher=teacher, **options)
+    mesh = make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        many = run(case, 2.0, block=7, teacher=teacher, mesh=mesh, **options)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6), one, many)
+
+
+def test_a_projection_that_was_not_placed_is_refused(case):
+    mesh = make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="place"):
+        run(case, 1.0, mesh=mesh, teacher=teacher_of(case))
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_placed_entries_are_the_entries_of_w(case, size):
+    """Each lies on the shard of its student token, in order, once; the filling weighs nothing."""
+    shards = Shards(("tensor",), size)
+    table, placed = table_of(case), place(table_of(case), shards)
+    assert isinstance(placed, PlacedTable)
+    rows = len(placed.weights) // size
+    W = np.zeros_like(case["W"])
+    for r in range(size):
+        part = [np.asarray(x)[r * rows : (r + 1) * rows] for x in placed]
+        used = part[2] > 0
+        assert (np.diff(part[1]) >= 0).all()
+        np.add.at(W, (part[0][used], part[1][used] * size + r), part[2][used])
+    np.testing.assert_array_equal(W, np.float32(case["W"]))
+    assert np.asarray(placed.first).sum() == len(np.unique(np.asarray(table.teacher_ids)))
+
+
+def test_the_block_is_chosen_from_shapes_and_memory(case):
+    assert block_size(2048) == 512  # of a small vocabulary, as many as a CPU takes
+    huge = Teacher(None, jax.ShapeDtypeStruct((262_144, 4), jnp.float32), None)
+    assert 8 <= block_size(128_256, huge) < 128  # 5.7 MB a token
+    assert block_size(128_256, huge, make_mesh(1, 2, 4)) > 2 * block_size(128_256, huge)
 
 
 def test_without_a_teacher_it_is_cross_entropy_and_score_agrees(case):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from distil_jax.generation import engine, text
-from distil_jax.losses import head
+from distil_jax.losses import head, kd
 from distil_jax.losses.kd import ProjectionTable
+from distil_jax.losses.vocabulary import Shards
 from distil_jax.models import model_from_config
 from distil_jax.models.int8 import Int8, cast, quantize
 from distil_jax.sharding import make_mesh, param_shardings
@@ -86,7 +87,8 @@ def test_generation_and_heads_take_them_on_a_mesh_too(case):
     table = ProjectionTable(jnp.arange(50), jnp.arange(50), jnp.ones(50), jnp.ones(50, bool))
 
     def loss(hidden, E, params, mesh):
-        teacher = head.Teacher(hidden[:, ::-1], model.unembedding(params), table)
+        placed_table = kd.place(table, Shards.of(mesh))
+        teacher = head.Teacher(hidden[:, ::-1], kd.rows_of(model.unembedding(params), placed_table), placed_table)
         return head.distill(hidden, E, labels, weights, teacher=teacher, kl_weights_BxL=weights, mesh=mesh)[0]
 
     grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=3)

@@ -7,8 +7,9 @@ import pytest
 
 from distil_jax import sharding
 from distil_jax.errors import UserError
-from distil_jax.losses.kd import ProjectionTable
+from distil_jax.losses.kd import ProjectionTable, place, rows_of
 from distil_jax.losses.schedules import learning_rate, schedule
+from distil_jax.losses.vocabulary import Shards
 from distil_jax.losses.weights import parse_weights, specialty_weights
 from distil_jax.models import hub
 from distil_jax.objective import Frozen, Loss, Objective
@@ -126,8 +127,11 @@ def test_the_same_numbers_on_a_mesh_of_eight(models, batch, frozen, shape):
     with jax.set_mesh(mesh):
         sharded = jax.device_put(params, {"model": sharding.param_shardings(student, mesh)})
         loss = distilling(models, mesh=mesh)
+        table = place(frozen[0].projection, Shards.of(mesh))
+        rows = rows_of(models[2].unembedding(models[3]), table)
+        there = frozen[0]._replace(projection=table, teacher_rows=rows)
         many = jax.jit(jax.value_and_grad(loss, has_aux=True))(
-            sharded, frozen[0], sharding.put_batch(batch, mesh), jnp.int32(4)
+            sharded, there, sharding.put_batch(batch, mesh), jnp.int32(4)
         )
     (one_value, one_metrics), one_gradient = one
     (value, metrics), gradient = many

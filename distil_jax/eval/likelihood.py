@@ -11,7 +11,7 @@ from distil_jax import sharding
 from distil_jax.losses import head
 
 
-def make_scorer(model: Any, side: str, *, block: int = head.BLOCK, mesh: Mesh | None = None) -> Callable[..., Any]:
+def make_scorer(model: Any, side: str, *, block: int = 0, mesh: Mesh | None = None) -> Callable[..., Any]:
     """`score(params, batch) -> (nats [B, L], prediction [B, L])` at the supervised positions of a side, jitted."""
 
     @jax.jit

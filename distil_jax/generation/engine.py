@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from distil_jax import sharding
 from distil_jax.generation.sampling import Sampling, choose
-from distil_jax.losses.kd import mask_rows
+from distil_jax.losses.vocabulary import text_rows
 from distil_jax.models import cache
 from distil_jax.models.layers import unembed
 
@@ -79,7 +79,7 @@ def _next(model, sampling, mesh, params, stored, token_B, keys_B, seed, step):
 
 
 def _choose(model, sampling, mesh, params, hidden_BxD, keys_B, seed, step):
-    logits_VxB = mask_rows(unembed(model.unembedding(params), hidden_BxD), model.config.text_vocab_size)
+    logits_VxB = text_rows(unembed(model.unembedding(params), hidden_BxD), model.config.text_vocab_size)
     keys_B = jax.vmap(lambda key: jax.random.fold_in(jax.random.key(seed), key))(keys_B)
     token_B = choose(logits_VxB, sampling, keys_B, step)
     # Whole on every device, so that each host of several can read it.

@@ -8,9 +8,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int
 
 from distil_jax.errors import UserError
+from distil_jax.losses.vocabulary import floor_of_largest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,30 +55,12 @@ def choose(
 
 def top_k(logits_VxB: Float[Array, "V B"], k: int) -> Bool[Array, "V B"]:
     """The k largest of each column, and what equals the k-th (as in transformers)."""
-    ordered = _ordered(logits_VxB)
-    return ordered >= _largest(ordered, jnp.ones_like(logits_VxB), min(k, logits_VxB.shape[0]))[None]
+    ordered, floor_B = floor_of_largest(logits_VxB, jnp.ones_like(logits_VxB), min(k, logits_VxB.shape[0]))
+    return ordered >= floor_B[None]
 
 
 def top_p(logits_VxB: Float[Array, "V B"], p: float) -> Bool[Array, "V B"]:
     """The largest of each column whose probabilities reach p in sum, and what equals the last of them."""
-    probabilities = jax.nn.softmax(logits_VxB, axis=0)
-    ordered = _ordered(logits_VxB)
     # Sums of float32 may stay below p by rounding; the whole set is then right, as the floor stays 0.
-    return ordered >= _largest(ordered, probabilities, p)[None]
-
-
-def _ordered(x: Float[Array, "V B"]) -> UInt32[Array, "V B"]:
-    """Floats as whole numbers of the same order: the sign bit flipped, negative numbers reversed."""
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
-
-
-def _largest(ordered: UInt32[Array, "V B"], weights: Float[Array, "V B"], enough: float) -> UInt32[Array, " B"]:
-    """The largest floor of each column above which (itself included) the weights sum to `enough`, bit by bit."""
-
-    def bit(i, floor_B):
-        higher_B = floor_B | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
-        reached_B = jnp.sum(jnp.where(ordered >= higher_B[None], weights, 0), axis=0) >= enough
-        return jnp.where(reached_B, higher_B, floor_B)
-
-    return jax.lax.fori_loop(0, 32, bit, jnp.zeros(ordered.shape[1], jnp.uint32))
+    ordered, floor_B = floor_of_largest(logits_VxB, jax.nn.softmax(logits_VxB, axis=0), p)
+    return ordered >= floor_B[None]

@@ -7,12 +7,15 @@ gradients while it streams forward, and the backward pass only scales them: noth
 size `[tokens, vocabulary]` is kept. Blocks with nothing to learn (prompts, padding) are skipped, teacher blocks
 likewise where no token has a teacher target.
 
-Over a mesh, each device streams its own tokens and the sums are added once, at the end.
+Over a mesh, tokens are spread over the batch axes and both vocabularies over the axes that cut parameters
+(vocabulary.Shards). An axis may do both: its devices then hand each other the hidden states of one block, score all of
+them against their own rows, and hand back gradients. So no device ever holds a whole unembedding matrix or its
+gradient, and what moves is [block, D] (docs/heads.md).
 """
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,28 +23,38 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from distil_jax.losses.kd import ProjectionTable, mask_rows, project, projected_kl, teacher_logits
+from distil_jax.losses.divergence import divergence
+from distil_jax.losses.kd import PlacedTable, ProjectionRows, ProjectionTable, full_target, named_target
+from distil_jax.losses.vocabulary import Shards, text_rows
 from distil_jax.models.layers import unembed
 from distil_jax.sharding import BATCH_AXES
 
 NONE, HIDDEN, ALL = range(3)  # the gradients that a pass forms: of nothing, of the hidden states, of both inputs
-BLOCK = 512  # tokens per block: at the real vocabularies 512 x (262,144 + 128,256) float32 is 0.8 GB
 
 
 class Teacher(NamedTuple):
     """What the teacher says at the student's positions: its hidden state there, and the way to the student's tokens."""
 
     hidden_BxLxDt: Float[Array, "B L Dt"]
-    unembedding_VtxDt: Float[Array, "Vt Dt"]
-    projection: ProjectionTable
+    rows_RxDt: Float[Array, "R Dt"]  # kd.rows_of its unembedding; the unembedding itself on one device
+    projection: ProjectionTable | PlacedTable
+
+
+class TopKTeacher(NamedTuple):
+    """The teacher's K likeliest tokens at the student's positions; what is left of its mass is one remainder cell."""
+
+    ids_BxLxK: Int[Array, "B L K"]  # teacher token ids
+    log_probs_BxLxK: Float[Array, "B L K"]  # log q at the temperature of the step
+    log_probs1_BxLxK: Float[Array, "B L K"]  # log q at temperature 1
+    projection: ProjectionRows
 
 
 class HeadOutput(NamedTuple):
     """Per-token values (nats), zero where the weights that ask for them are zero. They carry no gradient."""
 
     ce_BxL: Float[Array, "B L"]
-    kl_BxL: Float[Array, "B L"]  # at the temperature of the step
-    kl1_BxL: Float[Array, "B L"]  # at temperature 1, so that runs with different schedules compare
+    kl_BxL: Float[Array, "B L"]  # the divergence of the loss, at the temperature of the step
+    kl1_BxL: Float[Array, "B L"]  # KL(p || s) at temperature 1, so that runs with different losses compare
     prediction_BxL: Int[Array, "B L"]  # the student's most likely token
 
 
@@ -52,7 +65,11 @@ class _Spec:
     text_vocab: int
     block: int
     label_smoothing: float
+    divergence: str
+    skew: float
+    top_k: int
     mesh: Mesh | None
+    shards: Shards
 
 
 def distill(
@@ -61,33 +78,46 @@ def distill(
     labels_BxL: Int[Array, "B L"],
     ce_weights_BxL: Float[Array, "B L"],
     *,
-    teacher: Teacher | None = None,
+    teacher: Teacher | TopKTeacher | None = None,
     kl_weights_BxL: Float[Array, "B L"] | None = None,
     temperature: Float[Array, ""] | float = 1.0,
+    divergence: str = "forward",
+    skew: float = 0.1,
+    top_k: int = 0,
     label_smoothing: float = 0.0,
     text_vocab: int | None = None,
-    block: int = BLOCK,
+    block: int = 0,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], HeadOutput]:
-    """`sum_n ce_weight_n CE_n + kl_weight_n tau^2 KL(W^T q_n || s_n)` over all tokens n of the batch.
+    """`sum_n ce_weight_n CE_n + kl_weight_n tau^2 D(W^T q_n, s_n)` over all tokens n of the batch.
 
     `CE_n` is the cross-entropy of the student's distribution at temperature 1 against `labels` (against the label mixed
     with the uniform distribution if `label_smoothing` > 0; Szegedy et al. 2016, section 7). `q_n` and `s_n` are the
     teacher's and the student's full softmax at `temperature`; the temperature is applied before the projection, with
-    which it does not commute. Weights are final: whoever calls has divided them by the global sum.
+    which it does not commute. `D` is one of divergence.KINDS, "forward" for KL(W^T q || s). With `top_k`, or with a
+    `TopKTeacher`, only the teacher's K likeliest tokens are projected and D compares them and one remainder cell, which
+    holds the rest of both distributions. Weights are final: whoever calls has divided them by the global sum.
 
     The gradient flows into `hidden_BxLxD` and `unembedding_VsxD` only; the second, [Vs, D], is formed only where it is
     asked for (a frozen embedding is not). Rows of the student's head at or above
     `text_vocab`, and teacher tokens that the projection does not map, are in no softmax. `block` is the number of
-    tokens handled at once on a device.
+    tokens that a device takes at once; 0 chooses it (`block_size`). On a mesh whose axes spread the vocabulary, the
+    teacher's projection is `kd.place`d for it.
 
     Returns the scalar in float32 and the per-token values.
     """
+    shards = Shards.of(mesh)
+    if isinstance(teacher, Teacher) and isinstance(teacher.projection, PlacedTable) != (shards.size > 1):
+        raise ValueError(f"a vocabulary over {shards.size} devices needs the projection of kd.place(table, shards)")
     spec = _Spec(
         text_vocab=text_vocab or unembedding_VsxD.shape[0],
-        block=block,
+        block=block or block_size(unembedding_VsxD.shape[0], teacher, mesh),
         label_smoothing=label_smoothing,
+        divergence=divergence,
+        skew=skew,
+        top_k=top_k,
         mesh=mesh,
+        shards=shards,
     )
     if kl_weights_BxL is None:
         kl_weights_BxL = jnp.zeros_like(ce_weights_BxL)
@@ -102,7 +132,7 @@ def score(
     mask_BxL: Float[Array, "B L"],
     *,
     text_vocab: int | None = None,
-    block: int = BLOCK,
+    block: int = 0,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B L"], Int[Array, "B L"]]:
     """`-log p(label)` in nats and the most likely token at every position with a mask above 0; zeros elsewhere."""
@@ -110,6 +140,27 @@ def score(
         hidden_BxLxD, unembedding_VxD, labels_BxL, mask_BxL, text_vocab=text_vocab, block=block, mesh=mesh
     )
     return output.ce_BxL, output.prediction_BxL
+
+
+def block_size(student_vocab: int, teacher: Teacher | TopKTeacher | None = None, mesh: Mesh | None = None) -> int:
+    """Tokens that a device takes at once, so that what exists for them stays within a sixteenth of its memory.
+
+    Measured on a compiled head, a token needs about three floats for each teacher row and five for each student row
+    that the device has. A CPU counts with 8 GB (caches, not memory, decide there) and takes at most 512 tokens, an
+    accelerator at most 2,048: a matrix unit is busy with fewer, but the gradient of the unembedding is read and written
+    once for each block.
+    """
+    device = jax.local_devices()[0]
+    cpu = (device if mesh is None else mesh.devices.flat[0]).platform == "cpu"
+    stats = None if cpu or device.platform == "cpu" else device.memory_stats()
+    memory = 8e9 if cpu else (stats or {}).get("bytes_limit", 16e9)  # 16e9: a device that is only compiled for
+    teacher_rows = teacher.rows_RxDt.shape[0] if isinstance(teacher, Teacher) else 0
+    columns = 1
+    for axis in set(Shards.of(mesh).axes) & set(BATCH_AXES):
+        columns *= mesh.shape[axis]  # a block of each of their devices is scored at once
+    per_token = 4 * (3 * teacher_rows + 5 * student_vocab) * columns / Shards.of(mesh).size
+    tokens = int(memory / 16 / per_token)
+    return max(8, min(tokens // 8 * 8, 512 if cpu else 2048))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -138,26 +189,43 @@ _head.defvjp(_head_forward, _head_backward, symbolic_zeros=True)
 
 
 def _on_mesh(spec, wanted, hidden, unembedding, labels, ce_weights, kl_weights, teacher, temperature):
-    """Each device streams its own tokens; scalar and unembedding gradient are summed over devices once."""
-    stream = functools.partial(_stream, spec, wanted)
+    """Tokens over the batch axes, vocabularies over the shards' axes; one sum at the end over what is left."""
+    arguments = (labels, ce_weights, kl_weights, teacher, temperature)
     if spec.mesh is None:
-        return stream((), hidden, unembedding, labels, ce_weights, kl_weights, teacher, temperature)
-    axes = tuple(a for a in BATCH_AXES if a in spec.mesh.axis_names)
-    tokens, whole = PartitionSpec(axes), PartitionSpec()
-    teacher_specs = None if teacher is None else Teacher(tokens, whole, ProjectionTable(*(whole,) * 4))
-    gradient_specs = {NONE: None, HIDDEN: (tokens, None), ALL: (tokens, whole)}[wanted]
-    return jax.shard_map(
-        functools.partial(stream, axes),
+        return _stream(spec, wanted, (), (), hidden, unembedding, *arguments)
+    batch_axes = tuple(a for a in BATCH_AXES if a in spec.mesh.axis_names)
+    handed = tuple(a for a in spec.shards.axes if a in batch_axes)  # their devices score each other's tokens
+    summed = tuple(a for a in batch_axes if a not in handed)
+    tokens, whole, cut = PartitionSpec(batch_axes), PartitionSpec(), PartitionSpec(spec.shards.axes or None)
+    teacher_specs = {
+        type(None): None,
+        Teacher: Teacher(tokens, cut, cut),
+        TopKTeacher: TopKTeacher(tokens, tokens, tokens, whole),
+    }[type(teacher)]
+    V, D = unembedding.shape
+    S = spec.shards.size
+    dealt = PartitionSpec(None, spec.shards.axes or None)  # [V/S, S, D]: row j of shard r is token j S + r
+    padded = jnp.pad(unembedding, ((0, -V % S), (0, 0))).reshape(-1, S, D)
+    gradient_specs = {NONE: None, HIDDEN: (tokens, None), ALL: (tokens, dealt)}[wanted]
+
+    def stream(hidden, unembedding, *arguments):
+        result, gradients = _stream(spec, wanted, handed, summed, hidden, unembedding[:, 0], *arguments)
+        return result, (gradients[0], gradients[1][:, None]) if wanted == ALL else gradients
+
+    result, gradients = jax.shard_map(
+        stream,
         mesh=spec.mesh,
-        in_specs=(tokens, whole, tokens, tokens, tokens, teacher_specs, whole),
+        in_specs=(tokens, dealt, tokens, tokens, tokens, teacher_specs, whole),
         out_specs=((whole, HeadOutput(tokens, tokens, tokens, tokens)), gradient_specs),
         check_vma=False,
-    )(hidden, unembedding, labels, ce_weights, kl_weights, teacher, temperature)
+    )(hidden, padded, *arguments)
+    return result, (gradients[0], gradients[1].reshape(-1, D)[:V]) if wanted == ALL else gradients
 
 
 def _stream(
-    spec, wanted, axes, hidden_BxLxD, unembedding_VxD, labels_BxL, ce_weights, kl_weights, teacher, temperature
+    spec, wanted, handed, summed, hidden_BxLxD, unembedding_VxD, labels_BxL, ce_weights, kl_weights, teacher, tau
 ):
+    """One device's part. handed: axes whose devices share each block of tokens; summed: those with other tokens."""
     shape = labels_BxL.shape
     tokens = shape[0] * shape[1]
     block = min(spec.block, tokens)
@@ -168,25 +236,44 @@ def _stream(
     flat_kl, flat_ce = kl_weights.reshape(tokens), ce_weights.reshape(tokens)
     order = jnp.argsort(jnp.where(flat_kl != 0, 0, jnp.where(flat_ce != 0, 1, 2)), stable=True)
 
-    def blocks(array, trailing=()):
-        flat = array.reshape((tokens, *trailing))[order]
-        flat = jnp.pad(flat, ((0, padded - tokens),) + ((0, 0),) * len(trailing))
-        return flat.reshape((padded // block, block, *trailing))
+    def blocks(array):
+        flat = array.reshape((tokens, *array.shape[2:]))[order]
+        flat = jnp.pad(flat, ((0, padded - tokens),) + ((0, 0),) * (flat.ndim - 1))
+        return flat.reshape((padded // block, block, *flat.shape[1:]))
 
-    inputs = {
-        "hidden": blocks(hidden_BxLxD, hidden_BxLxD.shape[2:]),
-        "labels": blocks(labels_BxL),
-        "ce_weights": blocks(ce_weights),
-        "kl_weights": blocks(kl_weights),
-    }
-    if teacher is not None:
-        inputs["teacher_hidden"] = blocks(teacher.hidden_BxLxDt, teacher.hidden_BxLxDt.shape[2:])
+    inputs = jax.tree.map(
+        blocks,
+        {
+            "hidden": hidden_BxLxD,
+            "labels": labels_BxL,
+            "ce_weights": ce_weights,
+            "kl_weights": kl_weights,
+            "teacher": _per_token(teacher),
+        },
+    )
 
-    compute = functools.partial(_block, spec, wanted, unembedding_VxD, teacher, temperature)
+    def mine(x_N):
+        """This device's part of what was computed for the tokens of all devices of the handed axes."""
+        return jax.lax.dynamic_slice_in_dim(x_N, jax.lax.axis_index(handed) * block, block) if handed else x_N
+
+    def compute(one, d_unembedding):
+        if handed:
+            one = jax.tree.map(lambda x: jax.lax.all_gather(x, handed, axis=0, tiled=True), one)
+        loss, values, d_hidden, d_unembedding = _block(spec, wanted, unembedding_VxD, teacher, tau, one, d_unembedding)
+        values = tuple(map(mine, values))
+        if d_hidden is not None:
+            if handed:
+                d_hidden = jax.lax.psum_scatter(d_hidden, handed, scatter_dimension=0, tiled=True)
+            rest = tuple(a for a in spec.shards.axes if a not in handed)
+            d_hidden = jax.lax.psum(d_hidden, rest) if rest else d_hidden
+            d_hidden = d_hidden.astype(hidden_BxLxD.dtype)
+        return loss, values, d_hidden, d_unembedding
 
     def body(carry, one):
         loss, d_unembedding = carry
         used = jnp.any(one["ce_weights"] != 0) | jnp.any(one["kl_weights"] != 0)
+        if handed:  # they take this branch together
+            used = jax.lax.pmax(used.astype(jnp.int32), handed) > 0
         block_loss, values, d_hidden, d_unembedding = jax.lax.cond(
             used, compute, functools.partial(_skip, wanted), one, d_unembedding
         )
@@ -195,19 +282,25 @@ def _stream(
     empty = jnp.zeros(unembedding_VxD.shape, jnp.float32) if wanted == ALL else None
     (loss, d_unembedding), (values, d_hidden) = jax.lax.scan(body, (jnp.float32(0), empty), inputs)
 
-    def restore(array, trailing=()):
-        flat = array.reshape((padded, *trailing))[:tokens]
-        return jnp.zeros_like(flat).at[order].set(flat, unique_indices=True).reshape(shape + trailing)
+    def restore(array):
+        flat = array.reshape((padded, *array.shape[2:]))[:tokens]
+        return jnp.zeros_like(flat).at[order].set(flat, unique_indices=True).reshape(shape + flat.shape[1:])
 
-    output = HeadOutput(*(restore(v) for v in values))
-    loss = jax.lax.psum(loss, axes) if axes else loss
+    output = HeadOutput(*map(restore, values))
+    loss = jax.lax.psum(loss, summed) if summed else loss
     if wanted == NONE:
         return (loss, output), None
-    d_hidden = restore(d_hidden, hidden_BxLxD.shape[2:])
     if wanted == HIDDEN:
-        return (loss, output), (d_hidden, None)
-    d_unembedding = jax.lax.psum(d_unembedding, axes) if axes else d_unembedding
-    return (loss, output), (d_hidden, d_unembedding.astype(unembedding_VxD.dtype))
+        return (loss, output), (restore(d_hidden), None)
+    d_unembedding = jax.lax.psum(d_unembedding, summed) if summed else d_unembedding
+    return (loss, output), (restore(d_hidden), d_unembedding.astype(unembedding_VxD.dtype))
+
+
+def _per_token(teacher: Teacher | TopKTeacher | None) -> Any:
+    """The part of a teacher that has a value for each token."""
+    if isinstance(teacher, TopKTeacher):
+        return teacher[:3]
+    return None if teacher is None else teacher.hidden_BxLxDt
 
 
 def _skip(wanted, one, d_unembedding):
@@ -217,28 +310,29 @@ def _skip(wanted, one, d_unembedding):
 
 
 def _block(spec, wanted, unembedding_VxD, teacher, temperature, one, d_unembedding):
+    """Loss, per-token values and gradients of one block against the vocabulary rows of this device."""
     hidden_NxD, labels_N, w_ce, w_kl = one["hidden"], one["labels"], one["ce_weights"], one["kl_weights"]
-    z_VxN = mask_rows(unembed(unembedding_VxD, hidden_NxD), spec.text_vocab)
+    shards, smoothing = spec.shards, spec.label_smoothing
+    z_VxN = text_rows(unembed(unembedding_VxD, hidden_NxD), spec.text_vocab, shards)
+    is_text_Vx1 = (shards.ids(z_VxN.shape[0]) < spec.text_vocab)[:, None]
     used_N = (w_ce != 0) | (w_kl != 0)
 
-    log_normaliser_N = jax.nn.logsumexp(z_VxN, axis=0)
-    label_logit_N = jnp.take_along_axis(z_VxN, labels_N[None], axis=0)[0]
-    ce_N = log_normaliser_N - label_logit_N
+    log_normaliser_N = shards.log_sum_exp(z_VxN)
+    ce_N = log_normaliser_N - shards.take(z_VxN, labels_N)
     loss_N = ce_N
-    smoothing = spec.label_smoothing
     if smoothing:
-        mean_logit_N = jnp.sum(z_VxN[: spec.text_vocab], axis=0) / spec.text_vocab
+        mean_logit_N = shards.sum(jnp.sum(jnp.where(is_text_Vx1, z_VxN, 0), axis=0)) / spec.text_vocab
         loss_N = (1 - smoothing) * ce_N + smoothing * (log_normaliser_N - mean_logit_N)
-    prediction_N = jnp.argmax(z_VxN, axis=0).astype(labels_N.dtype)
+    prediction_N = shards.argmax(z_VxN).astype(labels_N.dtype)
 
     zero_N = jnp.zeros_like(ce_N)
     kl_N, kl1_N, d_kl_VxN = zero_N, zero_N, None
     if teacher is not None:
         kl_N, kl1_N, d_kl_VxN = jax.lax.cond(
             jnp.any(w_kl != 0),
-            functools.partial(_teacher_block, teacher),
+            functools.partial(_taught, spec, teacher),
             lambda *args: (zero_N, zero_N, jnp.zeros_like(z_VxN)),
-            one["teacher_hidden"],
+            one["teacher"],
             z_VxN,
             temperature,
         )
@@ -253,11 +347,10 @@ def _block(spec, wanted, unembedding_VxD, teacher, temperature, one, d_unembeddi
     if wanted == NONE:
         return loss, values, None, None
 
-    is_label = jnp.arange(z_VxN.shape[0])[:, None] == labels_N[None]
+    is_label = shards.ids(z_VxN.shape[0])[:, None] == labels_N[None]
     target_VxN = jnp.where(is_label, 1 - smoothing, 0.0)
     if smoothing:
-        is_text_V = jnp.arange(z_VxN.shape[0]) < spec.text_vocab
-        target_VxN += jnp.where(is_text_V, smoothing / spec.text_vocab, 0.0)[:, None]
+        target_VxN += jnp.where(is_text_Vx1, smoothing / spec.text_vocab, 0.0)
     d_z = w_ce[None] * (jnp.exp(z_VxN - log_normaliser_N[None]) - target_VxN)
     if d_kl_VxN is not None:
         d_z += (w_kl * temperature**2)[None] * d_kl_VxN
@@ -265,17 +358,26 @@ def _block(spec, wanted, unembedding_VxD, teacher, temperature, one, d_unembeddi
     d_hidden = jnp.einsum("vn,vd->nd", d_z, unembedding_VxD, preferred_element_type=jnp.float32)
     if wanted == ALL:
         d_unembedding += jnp.einsum("vn,nd->vd", d_z, hidden_NxD, preferred_element_type=jnp.float32)
-    return loss, values, d_hidden.astype(hidden_NxD.dtype), d_unembedding
+    return loss, values, d_hidden, d_unembedding
 
 
-def _teacher_block(teacher, teacher_hidden_NxDt, z_VxN, temperature):
-    """The KL at the temperature of the step with its gradient, and the KL at temperature 1."""
-    t_VtxN = teacher_logits(teacher_hidden_NxDt, teacher.unembedding_VtxDt, teacher.projection.mapped)
+def _taught(spec, teacher, per_token, z_VxN, temperature):
+    """The divergence at the temperature of the step with its gradient, and KL(p || s) at temperature 1."""
+    rows, shards = z_VxN.shape[0], spec.shards
+    if isinstance(teacher, TopKTeacher):
+        ids, log_probs, log_probs1 = per_token
+        at = lambda log_probs: named_target(ids, log_probs, teacher.projection, rows, shards)  # noqa: E731
+        now, one = functools.partial(at, log_probs), functools.partial(at, log_probs1)
+    else:
+        full = full_target(per_token, teacher.rows_RxDt, teacher.projection, rows, top_k=spec.top_k, shards=shards)
+        now, one = functools.partial(full, temperature), functools.partial(full, jnp.float32(1))
 
-    def at(tau):
-        p = project(jax.nn.softmax(t_VtxN / tau, axis=0), teacher.projection, z_VxN.shape[0])
-        return projected_kl(p, z_VxN, tau)
+    def against(target, tau, kind):
+        options = {"kind": kind, "skew": spec.skew, "text_vocab": spec.text_vocab, "shards": shards}
+        return divergence(target.p_VxN, z_VxN, tau, rest_N=target.rest_N, **options)
 
-    kl, gradient = at(temperature)
-    kl1 = jax.lax.cond(temperature == 1, lambda: kl, lambda: at(jnp.float32(1))[0])
-    return kl, kl1, gradient
+    value, gradient = against(now(), temperature, spec.divergence)
+    at_1 = lambda: against(one(), jnp.float32(1), "forward")[0]  # noqa: E731
+    if spec.divergence != "forward":
+        return value, at_1(), gradient
+    return value, jax.lax.cond(temperature == 1, lambda: value, at_1), gradient
