@@ -81,11 +81,11 @@ def report(title: str, form, on: Mesh, tokens: int, chip: str) -> None:
     if shards.size == 1:
         head_rows = VT
         ints = (shape((entries,), jnp.int32), shape((entries,), jnp.int32))
-        table = ProjectionTable(*ints, shape((entries,), jnp.float32), shape((VT,), jnp.bool_))
+        table = ProjectionTable(*ints, shape((entries,), jnp.float32), shape((VT,), jnp.bool_), ints[0])
     else:
         head_rows = per_shard * shards.size
         one = lambda dtype: shape((head_rows,), dtype, cut)  # noqa: E731
-        table = PlacedTable(one(jnp.int32), one(jnp.int32), one(jnp.float32), one(jnp.bool_))
+        table = PlacedTable(one(jnp.int32), one(jnp.int32), one(jnp.float32), one(jnp.bool_), one(jnp.int32))
     arguments = (
         shape((rows, ROW, DS), jnp.bfloat16, batch),
         shape((VS, DS), jnp.bfloat16, "tensor", "fsdp"),

@@ -7,6 +7,7 @@ A run that was stopped goes on from its newest whole checkpoint and ends with th
 the batch is a function of the seed and the step.
 """
 
+import dataclasses
 import itertools
 import signal
 import sys
@@ -72,13 +73,22 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
         # ---- state --------------------------------------------------------------------------------------------------
         t = run.training
         rate = learning_rate(t.learning_rate, t.warmup, t.steps, t.end_fraction)
-        optimizer = make_optimizer(rate, weight_decay=t.weight_decay, clip=t.clip)
+        optimizer = make_optimizer(
+            rate, weight_decay=t.weight_decay, clip=t.clip,
+            projection_rate=config.objective.projection_learning_rate / t.learning_rate,
+        )  # fmt: skip
         parameters = learners.count(params)
         params, own = freezing.split(params, t.freeze)
         frozen, trainable = frozen._replace(own=own), learners.count(params)
+        learning = {"model": params}
         shardings = {"model": freezing.split(sharding.param_shardings(model, mesh), t.freeze)[0]}
-        state = placed(jax.jit(init_state, static_argnums=1)({"model": params}, optimizer), optimizer, shardings, mesh)
-        del params
+        if frozen.rows is not None:
+            learning["projection"], shardings["projection"] = (
+                projection_of(work, tables).logits,
+                sharding.replicated(mesh),
+            )
+        state = placed(jax.jit(init_state, static_argnums=1)(learning, optimizer), optimizer, shardings, mesh)
+        del params, learning
         checkpoints = Checkpoints(stage.folder / "checkpoints", keep=2, save_every=t.checkpoint_every)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         if restored := checkpoints.restore_latest(abstract):
@@ -126,6 +136,9 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
             curve(params)
         tokenizer = learners.hf_tokenizer(work, run.side)
         hub.save_pretrained(model, params, stage.folder / "model", tokenizer=tokenizer)
+        if frozen.rows is not None:
+            learned = np.asarray(state["params"]["projection"])
+            dataclasses.replace(projection_of(work, tables), logits=learned).save(stage.folder / "projection")
     return stage.finish(
         steps=t.steps,
         parameters=parameters,
@@ -159,7 +172,7 @@ def recipe(config, work, run, model, mesh, corpus, tables) -> tuple[Objective, F
         return Objective(model, label_smoothing=smoothing, **common), Frozen(jnp.asarray(weights))
     work.require("projection")
     teacher, teacher_params = learners.teacher(work, mesh, config.teacher.dtype)
-    projection = Projection.load(work / "projection", teacher=tables["teacher"], student=tables["student"])
+    projection = projection_of(work, tables)
     shards = Shards.of(mesh)
     table, rows = place(projection.table(), shards), None
     if shards.size > 1:
@@ -174,9 +187,16 @@ def recipe(config, work, run, model, mesh, corpus, tables) -> tuple[Objective, F
         divergence=checked(o.divergence),
         skew=o.skew,
         top_k=o.top_k,
+        keep=o.projection_keep,
         **common,
     )
-    return objective, Frozen(jnp.asarray(weights), teacher_params, table, rows)
+    learned = projection.rows() if o.learn_projection else None
+    return objective, Frozen(jnp.asarray(weights), teacher_params, table, learned, rows)
+
+
+def projection_of(work: Workdir, tables: dict[str, Any]) -> Projection:
+    """W as it was built and fitted."""
+    return Projection.load(work / "projection", teacher=tables["teacher"], student=tables["student"])
 
 
 def check_frozen(work: Workdir) -> None:
