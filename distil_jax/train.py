@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from distil_jax import freezing, learners, sharding
@@ -26,7 +26,7 @@ from distil_jax.data.loader import Loader
 from distil_jax.errors import UserError
 from distil_jax.eval import likelihood
 from distil_jax.losses.divergence import checked
-from distil_jax.losses.kd import place, rows_of
+from distil_jax.losses.kd import PlacedTable, place, rows_of
 from distil_jax.losses.schedules import learning_rate, schedule
 from distil_jax.losses.vocabulary import Shards
 from distil_jax.losses.weights import parse_weights, specialty_weights
@@ -176,9 +176,9 @@ def recipe(config, work, run, model, mesh, corpus, tables) -> tuple[Objective, F
     shards = Shards.of(mesh)
     table, rows = place(projection.table(), shards), None
     if shards.size > 1:
-        over_shards = NamedSharding(mesh, PartitionSpec(shards.axes))
-        table = jax.device_put(table, over_shards)
-        rows = jax.jit(rows_of, out_shardings=over_shards)(teacher.unembedding(teacher_params), table)
+        lies = jax.tree.map(lambda spec: NamedSharding(mesh, spec), PlacedTable.specs(shards))
+        table = jax.device_put(table, lies)
+        rows = jax.jit(rows_of, out_shardings=lies.weights)(teacher.unembedding(teacher_params), table)
     objective = Objective(
         model,
         teacher=teacher,

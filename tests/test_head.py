@@ -283,15 +283,49 @@ def test_placed_entries_are_the_entries_of_w(case, size):
     shards = Shards(("tensor",), size)
     table, placed = table_of(case), place(table_of(case), shards)
     assert isinstance(placed, PlacedTable)
-    rows = len(placed.weights) // size
+    rows, H = len(placed.weights) // size, len(placed.heavy)
     W = np.zeros_like(case["W"])
     for r in range(size):
-        part = [np.asarray(x)[r * rows : (r + 1) * rows] for x in placed]
-        used = part[2] > 0
-        assert (np.diff(part[1]) >= 0).all()
-        np.add.at(W, (part[0][used], part[1][used] * size + r), part[2][used])
+        teacher_ids, segments, weights = (np.asarray(x)[r * rows : (r + 1) * rows] for x in placed[:3])
+        assert (np.diff(segments) >= 0).all()
+        students = np.where(
+            segments < H, np.asarray(placed.heavy)[np.minimum(segments, H - 1)], (segments - H) * size + r
+        )
+        np.add.at(W, (teacher_ids[weights > 0], students[weights > 0]), weights[weights > 0])
     np.testing.assert_array_equal(W, np.float32(case["W"]))
     assert np.asarray(placed.first).sum() == len(np.unique(np.asarray(table.teacher_ids)))
+
+
+def test_a_token_of_thousands_fills_no_shard():
+    """A student token that is the first piece of most teacher tokens: its entries are spread, and its sum is right."""
+    r = np.random.default_rng(0)
+    students = np.sort(np.where(r.uniform(size=4096) < 0.9, 5, r.integers(0, 64, 4096)))
+    table = ProjectionTable(
+        jnp.arange(4096), jnp.int32(students), jnp.ones(4096), jnp.ones(4096, bool), jnp.arange(4096)
+    )
+    mesh = make_mesh(1, 8, 1)
+    shards = Shards.of(mesh)
+    placed = place(table, shards)
+    assert 5 in np.asarray(placed.heavy) and len(placed.weights) <= 1.01 * 4096 + 8 * 128
+    mass = jnp.asarray(r.uniform(size=(4096, 3)), jnp.float32)
+    expected = np.zeros((64, 3))
+    np.add.at(expected, students, np.asarray(mass, np.float64))
+
+    def back_and_forth(placed, mass):
+        p = placed.gather(mass, 8, shards)
+        return p, placed.spread(p, shards)
+
+    specs = (PlacedTable.specs(shards), PartitionSpec(shards.axes))
+    with jax.set_mesh(mesh):
+        f = jax.shard_map(back_and_forth, mesh=mesh, in_specs=specs, out_specs=(specs[1],) * 2, check_vma=False)
+        rows = mass[placed.teacher_ids] * placed.weights[:, None]
+        p, spread = jax.jit(f)(placed, rows)
+    p = np.asarray(p).reshape(8, 8, 3).swapaxes(0, 1).reshape(64, 3)  # row j of shard r is token 8 j + r
+    np.testing.assert_allclose(p, expected, rtol=1e-5)
+    used = np.asarray(placed.weights) > 0
+    np.testing.assert_allclose(
+        np.asarray(spread)[used], expected[students[np.asarray(placed.teacher_ids)[used]]], rtol=1e-5
+    )
 
 
 def test_the_block_is_chosen_from_shapes_and_memory(case):

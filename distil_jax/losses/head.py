@@ -214,9 +214,10 @@ def _on_mesh(spec, wanted, hidden, unembedding, labels, ce_weights, kl_weights, 
     handed = tuple(a for a in spec.shards.axes if a in batch_axes)  # their devices score each other's tokens
     summed = tuple(a for a in batch_axes if a not in handed)
     tokens, whole, cut = PartitionSpec(batch_axes), PartitionSpec(), PartitionSpec(spec.shards.axes or None)
+    projection = PlacedTable.specs(spec.shards) if spec.shards.axes else whole
     teacher_specs = {
         type(None): None,
-        Teacher: Teacher(tokens, cut, cut),
+        Teacher: Teacher(tokens, cut, projection),
         TopKTeacher: TopKTeacher(tokens, tokens, tokens, whole),
     }[type(teacher)]
     V, D = unembedding.shape

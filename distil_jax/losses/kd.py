@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from distil_jax.losses.vocabulary import LOWEST, Shards, floor_of_largest
@@ -23,6 +24,7 @@ from distil_jax.models.int8 import Int8
 from distil_jax.models.layers import unembed
 
 EMPTY = -1  # the id at an empty place of a row of W
+_HEAVY = 16  # a student token with more than this part of a shard's mean number of entries is heavy
 _ROWS = 128  # the rows of a placed table are a multiple of this: tiles of the matrix unit
 
 
@@ -45,14 +47,39 @@ class PlacedTable(NamedTuple):
     """The entries of W on the devices of their student tokens, R to each of S shards, shard after shard.
 
     Each entry has a row of the teacher's head of its own (`rows_of`), so a token with entries on several devices is
-    scored on each of them; `first` marks one entry of each token. Entries that fill up a shard have weight 0.
+    scored on each of them; `first` marks one entry of each token. A few student tokens are the first piece of thousands
+    of teacher tokens: the entries of these H heavy ones lie wherever there is room, and the H sums travel. Entries that
+    fill up a shard have weight 0.
     """
 
     teacher_ids: Int[Array, " SR"]
-    student_rows: Int[Array, " SR"]  # on their shard (vocabulary.Shards), ascending within it
+    segments: Int[Array, " SR"]  # ascending in a shard: which of the heavy tokens, or H + the row on the shard
     weights: Float[Array, " SR"]
     first: Bool[Array, " SR"]
     slots: Int[Array, " SR"]
+    heavy: Int[Array, " H"]  # student ids, the same on all shards
+
+    @classmethod
+    def specs(cls, shards: Shards) -> "PlacedTable":
+        """How each field lies on the mesh."""
+        cut = PartitionSpec(shards.axes)
+        return cls(cut, cut, cut, cut, cut, PartitionSpec())
+
+    def gather(self, mass_RxN: Float[Array, "R N"], rows: int, shards: Shards) -> Float[Array, "V N"]:
+        """The sums of this device's entries, for its student rows."""
+        H = len(self.heavy)
+        sums = jax.ops.segment_sum(mass_RxN, self.segments, H + rows, indices_are_sorted=True)
+        return sums[H:].at[self._heavy_rows(rows, shards)].add(shards.sum(sums[:H]), mode="drop")
+
+    def spread(self, d_p_VxN: Float[Array, "V N"], shards: Shards) -> Float[Array, "R N"]:
+        """The way back of `gather`: for each entry what stands at its student token."""
+        at = self._heavy_rows(len(d_p_VxN), shards)
+        d_heavy_HxN = shards.sum(d_p_VxN.at[at].get(mode="fill", fill_value=0))
+        return jnp.concatenate([d_heavy_HxN, d_p_VxN])[self.segments]
+
+    def _heavy_rows(self, rows: int, shards: Shards) -> Int[Array, " H"]:
+        """The rows of the heavy tokens on this device; past the end where another has them."""
+        return jnp.where(self.heavy % shards.size == shards.index(), self.heavy // shards.size, rows)
 
 
 class ProjectionRows(NamedTuple):
@@ -65,29 +92,49 @@ class ProjectionRows(NamedTuple):
 def place(table: ProjectionTable, shards: Shards) -> ProjectionTable | PlacedTable:
     """`table` as the shards of a mesh need it; itself where there is one shard. Reads values, so it is for the host.
 
-    The number of teacher rows grows by W's mean support (1.12 for Gemma 3 into Llama 3) and by what the fullest shard
-    has above the mean.
+    The number of teacher rows grows by W's mean support (1.12 for Gemma 3 into Llama 3) and what rounding fills up.
     """
     if shards.size == 1:
         return table
-    teacher_ids, student_ids, weights, slots = map(
-        np.asarray, (table.teacher_ids, table.student_ids, table.weights, table.slots)
-    )
-    first = np.zeros(len(teacher_ids), bool)
-    first[np.unique(teacher_ids, return_index=True)[1]] = True
+    student_ids = np.asarray(table.student_ids)
+    load = np.bincount(student_ids)
+    heavy = np.flatnonzero(load > len(student_ids) / shards.size / _HEAVY)
+    is_heavy = np.isin(student_ids, heavy)
+    # Light entries go to the shard of their student token; heavy ones fill every shard up to the same height.
     owner = student_ids % shards.size
+    light = np.bincount(owner[~is_heavy], minlength=shards.size)
+    height = _height(light, int(is_heavy.sum()))
+    owner[is_heavy] = np.repeat(np.arange(shards.size), np.maximum(height - light, 0))[: is_heavy.sum()]
     counts = np.bincount(owner, minlength=shards.size)
     rows = -(-int(counts.max()) // _ROWS) * _ROWS
-    order = np.argsort(owner, kind="stable")  # student ids stay ascending within a shard
+
+    segment = np.where(is_heavy, np.searchsorted(heavy, student_ids), len(heavy) + student_ids // shards.size)
+    first = np.zeros(len(student_ids), bool)
+    first[np.unique(np.asarray(table.teacher_ids), return_index=True)[1]] = True
+    order = np.lexsort((segment, owner))
     at = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts) + owner[order] * rows
-    full = np.iinfo(np.int32).max
-    columns = [np.zeros(shards.size * rows, d) for d in (np.int32, np.int32, np.float32, bool, np.int32)]
-    columns[1][:] = full
-    for column, values in zip(columns, (teacher_ids, student_ids // shards.size, weights, first, slots), strict=True):
-        column[at] = values[order]
-    filling = columns[1] == full
-    columns[1][filling] = int(student_ids.max()) // shards.size  # stays sorted
-    return PlacedTable(*map(jnp.asarray, columns))
+
+    def placed(values, filling=0):
+        column = np.full(shards.size * rows, filling, np.asarray(values).dtype)
+        column[at] = np.asarray(values)[order]
+        return jnp.asarray(column)
+
+    return PlacedTable(
+        placed(table.teacher_ids),
+        placed(segment.astype(np.int32), int(segment.max())),  # filled up at the end, so that they stay sorted
+        placed(table.weights),
+        placed(first),
+        placed(table.slots),
+        jnp.asarray(heavy, jnp.int32),
+    )
+
+
+def _height(light_S: np.ndarray, more: int) -> int:
+    """The smallest height up to which the shards have room for `more` entries above what they hold."""
+    ordered = np.sort(light_S)
+    room = ordered * np.arange(1, len(ordered) + 1) - np.cumsum(ordered)  # below the height of each shard
+    filled = int(np.searchsorted(room, more, side="right"))  # that many shards stand lower than the surface
+    return -(-(more + int(ordered[:filled].sum())) // filled)
 
 
 def rows_of(unembedding: "Float[Array, 'Vt Dt'] | Int8", table: ProjectionTable | PlacedTable):
@@ -185,13 +232,13 @@ def full_target(
         if whole:
             mass_VxN = project(e_RxN, table, student_rows)
         else:
-            mass_VxN = jax.ops.segment_sum(share_RxN, table.student_rows, student_rows, indices_are_sorted=True)
+            mass_VxN = table.gather(share_RxN, student_rows, shards)
 
         def pull(d_p_VxN):
             per_e = d_p_VxN / total_N[None]
             if whole:
                 return jnp.sum(e_RxN[table.teacher_ids] * per_e[table.student_ids], axis=1)
-            return jnp.sum(e_RxN * per_e[table.student_rows], axis=1)
+            return jnp.sum(e_RxN * table.spread(per_e, shards), axis=1)
 
         return Target(mass_VxN / total_N[None], rest_N, pull)
 
