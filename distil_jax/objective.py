@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from distil_jax.freezing import merge
-from distil_jax.losses import head
-from distil_jax.losses.kd import PlacedTable, ProjectionTable
+from distil_jax.losses import head, stored
+from distil_jax.losses.kd import PlacedTable, ProjectionRows, ProjectionTable
 from distil_jax.losses.schedules import Schedule
 from distil_jax.models.int8 import cast
 from distil_jax.tokens.align import ROOT
@@ -31,18 +31,19 @@ class Frozen(NamedTuple):
 
     specialty_weights_S: Float[Array, " S"]
     teacher: Any = None  # parameters of the teacher
-    projection: ProjectionTable | PlacedTable | None = None
+    projection: ProjectionTable | PlacedTable | ProjectionRows | None = None  # rows where the scores are stored
     teacher_rows: Any = None  # kd.rows_of the teacher's head, where the vocabulary is spread; None: the head itself
     own: Any = None  # the frozen part of the learning model's parameters (freezing.py); None: all of it learns
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The recipe of one run. Without a teacher model it is cross-entropy training."""
+    """The recipe of one run. Without a teacher model or stored scores of one it is cross-entropy training."""
 
     model: Any  # the model that learns
     side: str = "student"  # which tokens of the batch it reads: "student" or "teacher"
     teacher: Any = None  # the model that teaches
+    scores: tuple[float, ...] = ()  # temperatures of the stored scores that the batch brings in place of a teacher
     alpha: Schedule | None = None
     temperature: Schedule | None = None
     divergence: str = "forward"  # of losses/divergence.py
@@ -84,17 +85,15 @@ class Loss:
             "mesh": o.mesh,
         }
         labels = batch[f"{o.side}_targets"]
-        if o.teacher is None:
+        if o.teacher is None and not o.scores:
             value, out = head.distill(hidden, unembedding, labels, weights, **options)
             return value, _metrics(batch, o.side, out, None, frozen)
 
         alpha, temperature = o.alpha(step), o.temperature(step)
         taught = ((batch["role"] == ROOT) & (batch["student_weights"] > 0)).astype(jnp.float32)
         alpha_BxL = 1 - (1 - alpha) * taught
-        teacher_hidden, teacher_unembedding = self._hidden(o.teacher, frozen.teacher, batch, "teacher")
-        at = batch["teacher_position"][..., None]
-        rows = teacher_unembedding if frozen.teacher_rows is None else cast(frozen.teacher_rows, teacher_hidden.dtype)
-        teacher = head.Teacher(jnp.take_along_axis(teacher_hidden, at, axis=1), rows, frozen.projection)
+        says = self._stored if o.scores else self._online
+        teacher = says(frozen, batch, temperature)
         value, out = head.distill(
             hidden, unembedding, labels, weights * alpha_BxL,
             teacher=teacher, kl_weights_BxL=weights * (1 - alpha_BxL), temperature=temperature,
@@ -103,6 +102,26 @@ class Loss:
         metrics = _metrics(batch, o.side, out, taught, frozen)
         one = jnp.float32(1)
         return value, metrics | {"alpha": (alpha, one), "temperature": (temperature, one)}
+
+    def _online(self, frozen: Frozen, batch: Batch, temperature: Float[Array, ""]) -> head.Teacher:
+        """The teacher in memory: its states at the student's positions."""
+        hidden, unembedding = self._hidden(self.objective.teacher, frozen.teacher, batch, "teacher")
+        at = batch["teacher_position"][..., None]
+        rows = unembedding if frozen.teacher_rows is None else cast(frozen.teacher_rows, hidden.dtype)
+        return head.Teacher(jnp.take_along_axis(hidden, at, axis=1), rows, frozen.projection)
+
+    def _stored(self, frozen: Frozen, batch: Batch, temperature: Float[Array, ""]) -> head.TopKTeacher:
+        """What was stored of the teacher (data/scores.py), at the student's positions."""
+        o, at = self.objective, batch["score_slot"][..., None]
+        fewer = slice(o.top_k or None)  # the sum over all that are stored has been taken: the rest joins the remainder
+
+        def here(x_BxPxK):
+            return jnp.take_along_axis(x_BxPxK[..., fewer], at, axis=1)
+
+        def log_probs(tau):
+            return here(stored.log_probs(batch["score_codes"], batch["score_rest"], o.scores, tau))
+
+        return head.TopKTeacher(here(batch["score_ids"]), log_probs(temperature), log_probs(1.0), frozen.projection)
 
     def _weights(self, frozen: Frozen, batch: Batch) -> Float[Array, "B L"]:
         """The weight of each token, before it is divided by their sum."""

@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 
 from distil_jax.errors import UserError
 from distil_jax.eval import bootstrap
-from distil_jax.losses.kd import ProjectionTable, project, teacher_logits
+from distil_jax.losses.kd import ProjectionRows, ProjectionTable, project, teacher_logits
 from distil_jax.tokens.align import ROOT, align
 from distil_jax.tokens.bytes import ByteTable, first_pieces
 
@@ -110,6 +110,10 @@ class Projection:
             jnp.asarray(weights[order], jnp.float32),
             jnp.asarray(self.mapped),
         )
+
+    def rows(self) -> ProjectionRows:
+        """W as its rows, for a teacher that names its tokens."""
+        return ProjectionRows(jnp.asarray(self.ids), jnp.asarray(self.weights()))
 
     def best(self) -> Int[np.ndarray, " Vt"]:
         """The likeliest student token of each teacher token as built from bytes and counts; -1 without one."""

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from distil_jax import freezing, learners, sharding
 from distil_jax.checkpoint import Checkpoints, on_sigterm
+from distil_jax.data import scores
 from distil_jax.data.loader import Loader
 from distil_jax.errors import UserError
 from distil_jax.eval import likelihood
@@ -65,6 +66,7 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         run = run_of(config, name)
         check_frozen(work)
+        scores.check(config)
         model, params = learners.untrained(work, run.side, mesh)
         tables = learners.tables_of(work)
         objective, frozen = recipe(config, work, run, model, mesh, corpus, tables)
@@ -86,9 +88,11 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
         start = int(state["step"])
 
         # ---- data ---------------------------------------------------------------------------------------------------
+        shards = corpus["shards"]["train"]
+        stored = scores.Scores(work / "scores", work.require("scores"), shards) if objective.scores else None
         loader = Loader(
-            work / "corpus", corpus["shards"]["train"], t.batch_size, config.seed,
-            process_index=jax.process_index(), process_count=jax.process_count(),
+            work / "corpus", shards, t.batch_size, config.seed,
+            process_index=jax.process_index(), process_count=jax.process_count(), joined=stored,
         )  # fmt: skip
         curve = Curve(config, work, corpus, run.side, model, mesh, tables)
         update = make_step(Loss(objective), optimizer, rate)
@@ -158,25 +162,26 @@ def recipe(config, work, run, model, mesh, corpus, tables) -> tuple[Objective, F
     if run.name != "distilled":
         return Objective(model, label_smoothing=smoothing, **common), Frozen(jnp.asarray(weights))
     work.require("projection")
-    teacher, teacher_params = learners.teacher(work, mesh, config.teacher.dtype)
     projection = Projection.load(work / "projection", teacher=tables["teacher"], student=tables["student"])
+    distilling = common | {
+        "alpha": schedule(o.alpha.kind, o.alpha.start, o.alpha.end, t.steps),
+        "temperature": schedule(o.temperature.kind, o.temperature.start, o.temperature.end, t.steps),
+        "divergence": checked(o.divergence),
+        "skew": o.skew,
+        "top_k": o.top_k,
+    }
+    if work.scores_are_stored():
+        temperatures = tuple(work.require("scores")["temperatures"])
+        rows = jax.device_put(projection.rows(), sharding.replicated(mesh))
+        return Objective(model, scores=temperatures, **distilling), Frozen(jnp.asarray(weights), projection=rows)
+    teacher, teacher_params = learners.teacher(work, mesh, config.teacher.dtype)
     shards = Shards.of(mesh)
     table, rows = place(projection.table(), shards), None
     if shards.size > 1:
         over_shards = NamedSharding(mesh, PartitionSpec(shards.axes))
         table = jax.device_put(table, over_shards)
         rows = jax.jit(rows_of, out_shardings=over_shards)(teacher.unembedding(teacher_params), table)
-    objective = Objective(
-        model,
-        teacher=teacher,
-        alpha=schedule(o.alpha.kind, o.alpha.start, o.alpha.end, t.steps),
-        temperature=schedule(o.temperature.kind, o.temperature.start, o.temperature.end, t.steps),
-        divergence=checked(o.divergence),
-        skew=o.skew,
-        top_k=o.top_k,
-        **common,
-    )
-    return objective, Frozen(jnp.asarray(weights), teacher_params, table, rows)
+    return Objective(model, teacher=teacher, **distilling), Frozen(jnp.asarray(weights), teacher_params, table, rows)
 
 
 def check_frozen(work: Workdir) -> None:
