@@ -1,6 +1,6 @@
 """The whole loss of a batch: from the models' parameters to one scalar.
 
-    sum_n w_n (alpha_n CE_n + (1 - alpha_n) tau^2 D_n) / sum_n w_n
+    sum_n w_n (alpha_n CE_n + (1 - alpha_n) tau^2 D_n) / sum_n w_n + lambda |W - W0|^2
 
 over the supervised tokens n of the batch. `w_n` is the weight of the token's specialty. `alpha_n` is per position:
 where the teacher says nothing about the student's token (no shared boundary) cross-entropy carries the whole weight,
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from distil_jax.freezing import merge
 from distil_jax.losses import head, stored
-from distil_jax.losses.kd import PlacedTable, ProjectionRows, ProjectionTable
+from distil_jax.losses.kd import PlacedTable, ProjectionRows, ProjectionTable, row_softmax, with_weights
 from distil_jax.losses.schedules import Schedule
 from distil_jax.models.int8 import cast
 from distil_jax.tokens.align import ROOT
@@ -32,6 +32,7 @@ class Frozen(NamedTuple):
     specialty_weights_S: Float[Array, " S"]
     teacher: Any = None  # parameters of the teacher
     projection: ProjectionTable | PlacedTable | ProjectionRows | None = None  # rows where the scores are stored
+    rows: ProjectionRows | None = None  # of W as it was before the run, where W learns
     teacher_rows: Any = None  # kd.rows_of the teacher's head, where the vocabulary is spread; None: the head itself
     own: Any = None  # the frozen part of the learning model's parameters (freezing.py); None: all of it learns
 
@@ -50,6 +51,7 @@ class Objective:
     skew: float = 0.1
     top_k: int = 0  # of the teacher's tokens, with a remainder; 0: all of them
     label_smoothing: float = 0.0
+    keep: float = 0.0  # lambda of |W - W0|^2, where W learns
     block: int = 0
     compute_dtype: str = "float32"
     remat: bool = False
@@ -59,8 +61,8 @@ class Objective:
 class Loss:
     """`loss(params, frozen, batch, step) -> (scalar, metrics)`; a metric is (sum, count) over the global batch.
 
-    `params` is what learns, by part: {"model": parameters of the learning model}. With `frozen.own` that makes the
-    whole model.
+    `params` is what learns, by part. "model": parameters of the learning model; with `frozen.own` they make the whole
+    model. "projection", where W learns: the logits of its rows, [Vt, k].
     """
 
     def __init__(self, objective: Objective):
@@ -92,8 +94,15 @@ class Loss:
         alpha, temperature = o.alpha(step), o.temperature(step)
         taught = ((batch["role"] == ROOT) & (batch["student_weights"] > 0)).astype(jnp.float32)
         alpha_BxL = 1 - (1 - alpha) * taught
-        says = self._stored if o.scores else self._online
-        teacher = says(frozen, batch, temperature)
+        projection, drift = frozen.projection, None
+        if "projection" in params:
+            W = row_softmax(params["projection"], frozen.rows.ids)
+            projection = projection._replace(weights=W) if o.scores else with_weights(projection, W)
+            drift = jnp.sum((W - frozen.rows.weights) ** 2)
+        if o.scores:
+            teacher = self._stored(projection, batch, temperature)
+        else:
+            teacher = self._online(frozen, projection, batch)
         value, out = head.distill(
             hidden, unembedding, labels, weights * alpha_BxL,
             teacher=teacher, kl_weights_BxL=weights * (1 - alpha_BxL), temperature=temperature,
@@ -101,16 +110,20 @@ class Loss:
         )  # fmt: skip
         metrics = _metrics(batch, o.side, out, taught, frozen)
         one = jnp.float32(1)
-        return value, metrics | {"alpha": (alpha, one), "temperature": (temperature, one)}
+        metrics |= {"alpha": (alpha, one), "temperature": (temperature, one)}
+        if drift is not None:  # a piece of a batch adds its share, so that pieces add up
+            value += o.keep * drift * jnp.sum(weights)
+            metrics["projection_drift"] = (drift, one)
+        return value, metrics
 
-    def _online(self, frozen: Frozen, batch: Batch, temperature: Float[Array, ""]) -> head.Teacher:
+    def _online(self, frozen: Frozen, projection: Any, batch: Batch) -> head.Teacher:
         """The teacher in memory: its states at the student's positions."""
         hidden, unembedding = self._hidden(self.objective.teacher, frozen.teacher, batch, "teacher")
         at = batch["teacher_position"][..., None]
         rows = unembedding if frozen.teacher_rows is None else cast(frozen.teacher_rows, hidden.dtype)
-        return head.Teacher(jnp.take_along_axis(hidden, at, axis=1), rows, frozen.projection)
+        return head.Teacher(jnp.take_along_axis(hidden, at, axis=1), rows, projection)
 
-    def _stored(self, frozen: Frozen, batch: Batch, temperature: Float[Array, ""]) -> head.TopKTeacher:
+    def _stored(self, projection: Any, batch: Batch, temperature: Float[Array, ""]) -> head.TopKTeacher:
         """What was stored of the teacher (data/scores.py), at the student's positions."""
         o, at = self.objective, batch["score_slot"][..., None]
         fewer = slice(o.top_k or None)  # the sum over all that are stored has been taken: the rest joins the remainder
@@ -121,7 +134,7 @@ class Loss:
         def log_probs(tau):
             return here(stored.log_probs(batch["score_codes"], batch["score_rest"], o.scores, tau))
 
-        return head.TopKTeacher(here(batch["score_ids"]), log_probs(temperature), log_probs(1.0), frozen.projection)
+        return head.TopKTeacher(here(batch["score_ids"]), log_probs(temperature), log_probs(1.0), projection)
 
     def _weights(self, frozen: Frozen, batch: Batch) -> Float[Array, "B L"]:
         """The weight of each token, before it is divided by their sum."""
