@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
     c.teacher.licence = ""  # of the model at path, as docs/export.md names them; empty: recognised
     c.teacher.dtype = "float32"  # of the frozen parameters while it teaches; "bfloat16" or "int8" on accelerators
     c.teacher.adapt = True  # train it on the corpus first; False: it teaches as it came
+    c.teacher.scores = "online"  # the teacher in memory while the student learns; "stored": asked once, by `score`
     c.teacher.training = training(steps=80, learning_rate=1e-4)
     c.teacher.training.freeze = "embedding"  # tied, so the head too
 
@@ -54,6 +55,11 @@ def get_config() -> ConfigDict:
     c.projection.fit_steps = 100
     c.projection.fit_learning_rate = 0.05
     c.projection.fit_keep = 0.1  # weight of KL(W || W as built)
+
+    c.score = ConfigDict()  # what is stored of the teacher (docs/scores.md); alignment of attention needs it online
+    c.score.top_k = 64  # of its tokens at each position; 276 bytes, and 6 or 7 more for each further temperature
+    # Exact at these, interpolated between. For a schedule: its ends, 1.0, and some between, as 1.0,2.0,4.0,8.0.
+    c.score.temperatures = (1.0,)
 
     # sum_n w_n (alpha_n CE_n + (1 - alpha_n) tau^2 KL_n) / sum_n w_n + beta L_att + lambda |W - W0|^2
     c.objective = ConfigDict()

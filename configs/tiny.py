@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     c.teacher.licence = ""  # of the model at path, as docs/export.md names them; empty: recognised
     c.teacher.dtype = "float32"  # of the frozen parameters while it teaches; bfloat16, or int8 (half of that)
     c.teacher.adapt = False  # train a teacher that has a path on the corpus first
+    c.teacher.scores = "online"  # the teacher in memory while the student learns; "stored": asked once, by `score`
     c.teacher.vocab_size = 3072
     c.teacher.shape = ConfigDict(
         {
@@ -76,6 +77,11 @@ def get_config() -> ConfigDict:
     c.projection.fit_steps = 100
     c.projection.fit_learning_rate = 0.05
     c.projection.fit_keep = 0.1  # weight of KL(W || W as built)
+
+    c.score = ConfigDict()  # what is stored of the teacher (docs/scores.md); alignment of attention needs it online
+    c.score.top_k = 64  # of its tokens at each position; 276 bytes, and 6 or 7 more for each further temperature
+    # Exact at these, interpolated between. For a schedule: its ends, 1.0, and some between, as 1.0,2.0,4.0,8.0.
+    c.score.temperatures = (1.0,)
 
     # sum_n w_n (alpha_n CE_n + (1 - alpha_n) tau^2 KL_n) / sum_n w_n + beta L_att + lambda |W - W0|^2
     c.objective = ConfigDict()

@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prepare": ("distil_jax.prepare:main", "text to tokenizers, aligned and packed shards"),
     "train": ("distil_jax.train:main", "train teacher and controls; once `project` has run, the distilled student"),
     "project": ("distil_jax.project:main", "build, fit and measure the vocabulary projection"),
+    "score": ("distil_jax.score:main", "what the teacher says of the training shards, once, for teacher.scores=stored"),
     "evaluate": ("distil_jax.evaluate:main", "held-out bits per byte, accuracy and agreement of every model"),
     "export": ("distil_jax.export:main", "the distilled student as a Hugging Face directory"),
     "generate": ("distil_jax.generation.command:main", "ask a model, talk to it, or answer a file of prompts"),

@@ -18,9 +18,9 @@ from distil_jax.workdir import Workdir
 SEED_OF = {"teacher": 1, "student": 2}
 
 
-def mesh_of(config: ConfigDict) -> Mesh:
-    """The mesh that config.mesh asks for."""
-    return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+def mesh_of(config: ConfigDict, devices: list[Any] | None = None) -> Mesh:
+    """The mesh that config.mesh asks for, of all devices or of these."""
+    return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
 
 
 def tokenizer_directory(work: Workdir, side: str) -> Path:

@@ -155,6 +155,11 @@ class Progress:
             self._task = self._bar.add_task(label, total=total, completed=start, facts="")
             self._bar.start()
 
+    @property
+    def step(self) -> int:
+        """Steps done by now."""
+        return self._step
+
     def update(self, step: int, *, tokens: int = 0, **values: Any) -> None:
         """`step` steps are done now, the last of them on `tokens` tokens; `values` (losses) are shown by name."""
         if not self._active:

@@ -8,6 +8,7 @@ because a token that keeps only a share of its cross-entropy and gets no teacher
 Sums are global, so the value does not depend on the mesh or on how documents were packed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from distil_jax.freezing import merge
-from distil_jax.losses import attention, head
+from distil_jax.losses import attention, head, stored
 from distil_jax.losses.kd import PlacedTable, ProjectionRows, ProjectionTable, row_softmax, with_weights
 from distil_jax.losses.schedules import Schedule
 from distil_jax.models.int8 import cast
@@ -31,7 +32,7 @@ class Frozen(NamedTuple):
 
     specialty_weights_S: Float[Array, " S"]
     teacher: Any = None  # parameters of the teacher
-    projection: ProjectionTable | PlacedTable | None = None
+    projection: ProjectionTable | PlacedTable | ProjectionRows | None = None  # rows where the scores are stored
     rows: ProjectionRows | None = None  # of W as it was before the run, where W learns
     teacher_rows: Any = None  # kd.rows_of the teacher's head, where the vocabulary is spread; None: the head itself
     own: Any = None  # the frozen part of the learning model's parameters (freezing.py); None: all of it learns
@@ -48,11 +49,12 @@ class Alignment:
 
 @dataclass(frozen=True)
 class Objective:
-    """The recipe of one run. Without a teacher model it is cross-entropy training."""
+    """The recipe of one run. Without a teacher model or stored scores of one it is cross-entropy training."""
 
     model: Any  # the model that learns
     side: str = "student"  # which tokens of the batch it reads: "student" or "teacher"
     teacher: Any = None  # the model that teaches
+    scores: tuple[float, ...] = ()  # temperatures of the stored scores that the batch brings in place of a teacher
     alpha: Schedule | None = None
     temperature: Schedule | None = None
     divergence: str = "forward"  # of losses/divergence.py
@@ -94,7 +96,7 @@ class Loss:
         weights = self._weights(frozen, batch) / totals["weights"]
         pairs = o.alignment.pairs if o.alignment else ()
         own = merge(params["model"], frozen.own or {})
-        hidden, unembedding, seen = self._hidden(o.model, own, batch, o.side, tuple(p.student for p in pairs))
+        hidden, unembedding, seen = self._hidden(o.model, own, batch, o.side, [pair.student for pair in pairs])
         options = {
             "label_smoothing": o.label_smoothing,
             "text_vocab": o.model.config.text_vocab_size,
@@ -102,23 +104,22 @@ class Loss:
             "mesh": o.mesh,
         }
         labels = batch[f"{o.side}_targets"]
-        if o.teacher is None:
+        if o.teacher is None and not o.scores:
             value, out = head.distill(hidden, unembedding, labels, weights, **options)
             return value, _metrics(batch, o.side, out, None, frozen)
 
         alpha, temperature = o.alpha(step), o.temperature(step)
         taught = ((batch["role"] == ROOT) & (batch["student_weights"] > 0)).astype(jnp.float32)
         alpha_BxL = 1 - (1 - alpha) * taught
-        teacher_hidden, teacher_unembedding, teacher_seen = self._hidden(
-            o.teacher, frozen.teacher, batch, "teacher", tuple(p.teacher for p in pairs)
-        )
-        at = batch["teacher_position"][..., None]
-        rows = teacher_unembedding if frozen.teacher_rows is None else cast(frozen.teacher_rows, teacher_hidden.dtype)
         projection, drift = frozen.projection, None
         if "projection" in params:
             W = row_softmax(params["projection"], frozen.rows.ids)
-            projection, drift = with_weights(projection, W), jnp.sum((W - frozen.rows.weights) ** 2)
-        teacher = head.Teacher(jnp.take_along_axis(teacher_hidden, at, axis=1), rows, projection)
+            projection = projection._replace(weights=W) if o.scores else with_weights(projection, W)
+            drift = jnp.sum((W - frozen.rows.weights) ** 2)
+        if o.scores:
+            teacher = self._stored(projection, batch, temperature)
+        else:
+            teacher, teacher_seen = self._online(frozen, projection, batch, [pair.teacher for pair in pairs])
         value, out = head.distill(
             hidden, unembedding, labels, weights * alpha_BxL,
             teacher=teacher, kl_weights_BxL=weights * (1 - alpha_BxL), temperature=temperature,
@@ -131,17 +132,44 @@ class Loss:
             value += o.keep * drift * jnp.sum(weights)
             metrics["projection_drift"] = (drift, one)
         if o.alignment:
-            learned, beta = params.get("alignment", {}), o.alignment.beta(step)
-            apart = attention.distances(
-                tuple(seen[p.student] for p in pairs), tuple(teacher_seen[p.teacher] for p in pairs), batch, pairs,
-                mixing=learned.get("mixing"), projections=learned.get("hidden"), mesh=o.mesh,
-            )  # fmt: skip
-            value += (beta * apart.attention + o.alignment.hidden_weight * apart.hidden) / totals["groups"]
-            groups = attention.group_count(attention.byte_groups(batch)[0])
-            metrics |= {"attention": (apart.attention, groups), "beta": (beta, one)}
-            if "hidden" in learned:
-                metrics["hidden_states"] = (apart.hidden, groups)
+            inside, more = self._alignment(params, batch, step, seen, teacher_seen)
+            value, metrics = value + inside / totals["groups"], metrics | more
         return value, metrics
+
+    def _alignment(self, params: Any, batch: Batch, step: Array, seen: Any, teacher_seen: Any) -> tuple[Array, Any]:
+        """The weighted distances of what the chosen layers show, summed over query groups, and their metrics."""
+        a, learned = self.objective.alignment, params.get("alignment", {})
+        apart = attention.distances(
+            tuple(seen[pair.student] for pair in a.pairs), tuple(teacher_seen[pair.teacher] for pair in a.pairs),
+            batch, a.pairs, mixing=learned.get("mixing"), projections=learned.get("hidden"), mesh=self.objective.mesh,
+        )  # fmt: skip
+        beta, groups = a.beta(step), attention.group_count(attention.byte_groups(batch)[0])
+        metrics = {"attention": (apart.attention, groups), "beta": (beta, jnp.float32(1))}
+        if "hidden" in learned:
+            metrics["hidden_states"] = (apart.hidden, groups)
+        return beta * apart.attention + a.hidden_weight * apart.hidden, metrics
+
+    def _online(
+        self, frozen: Frozen, projection: Any, batch: Batch, observe: Sequence[int]
+    ) -> tuple[head.Teacher, Any]:
+        """The teacher in memory: its states at the student's positions, and what its layers `observe` show."""
+        hidden, unembedding, seen = self._hidden(self.objective.teacher, frozen.teacher, batch, "teacher", observe)
+        at = batch["teacher_position"][..., None]
+        rows = unembedding if frozen.teacher_rows is None else cast(frozen.teacher_rows, hidden.dtype)
+        return head.Teacher(jnp.take_along_axis(hidden, at, axis=1), rows, projection), seen
+
+    def _stored(self, projection: Any, batch: Batch, temperature: Float[Array, ""]) -> head.TopKTeacher:
+        """What was stored of the teacher (data/scores.py), at the student's positions."""
+        o, at = self.objective, batch["score_slot"][..., None]
+        fewer = slice(o.top_k or None)  # the sum over all that are stored has been taken: the rest joins the remainder
+
+        def here(x_BxPxK):
+            return jnp.take_along_axis(x_BxPxK[..., fewer], at, axis=1)
+
+        def log_probs(tau):
+            return here(stored.log_probs(batch["score_codes"], batch["score_rest"], o.scores, tau))
+
+        return head.TopKTeacher(here(batch["score_ids"]), log_probs(temperature), log_probs(1.0), projection)
 
     def _weights(self, frozen: Frozen, batch: Batch) -> Float[Array, "B L"]:
         """The weight of each token, before it is divided by their sum."""
@@ -151,7 +179,7 @@ class Loss:
         return weights
 
     def _hidden(
-        self, model: Any, params: Any, batch: Batch, side: str, observe: tuple[int, ...] = ()
+        self, model: Any, params: Any, batch: Batch, side: str, observe: Sequence[int] = ()
     ) -> tuple[jax.Array, Any, Any]:
         """Hidden states and unembedding of a model on its side of the batch, and what its layers `observe` show."""
         params = cast(params, jnp.dtype(self.objective.compute_dtype))
@@ -161,7 +189,7 @@ class Loss:
             segment_ids=batch[f"{side}_segment_ids"],
             positions=batch[f"{side}_positions"],
             remat=self.objective.remat and side == self.objective.side,
-            observe=observe,
+            observe=tuple(observe),
         )
         hidden, seen = hidden if observe else (hidden, None)
         return hidden, model.unembedding(params), seen

@@ -56,6 +56,8 @@ def summarise(config: ConfigDict, work: Workdir) -> dict[str, Any]:
     done = {name: work.require(name) for name in ("corpus", "projection", *config.runs, "evaluate", "export")}
     if work.teacher_is_trained():
         done["teacher"] = work.require("teacher")
+    if work.scores_are_stored():
+        done["scores"] = work.require("scores")
     models, differences = done["evaluate"]["models"], done["evaluate"]["differences"]
     against = next(d for d in ("control - distilled", "student_before - distilled") if d in differences)
     low, high = differences[against]["interval"]
@@ -77,6 +79,7 @@ def summarise(config: ConfigDict, work: Workdir) -> dict[str, Any]:
     summary["seconds_of_the_teacher"] = {
         "training it": seconds.get("teacher", 0.0),
         "projection": seconds["projection"],
+        "scoring": seconds.get("scores"),
         "distilled beyond control": round(seconds["distilled"] - seconds["control"], 2)
         if "control" in seconds
         else None,

@@ -11,7 +11,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from distil_jax import evaluate, export, prepare, project, report, train
+from distil_jax import evaluate, export, prepare, project, report, score, train
+from distil_jax.data import scores
 from distil_jax.metrics import is_first_process
 from distil_jax.workdir import Workdir
 
@@ -19,10 +20,13 @@ from distil_jax.workdir import Workdir
 def main(config: ConfigDict) -> dict[str, Any]:
     """Runs what is not done; returns the summary."""
     work = Workdir(config)
+    scores.check(config)  # before the hours that come first
     stages: list[tuple[str, Any]] = [("corpus", prepare.main)]
     if work.teacher_is_trained():
         stages.append(("teacher", lambda c: train.train(c, "teacher")))
     stages.append(("projection", project.main))
+    if work.scores_are_stored():
+        stages.append(("scores", score.main))
     stages += [(run, lambda c, run=run: train.train(c, run)) for run in config.runs]
     stages += [("evaluate", evaluate.main), ("export", export.make), ("report", report.main)]
     for number, (name, stage) in enumerate(stages, 1):

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from distil_jax import freezing, learners, sharding
 from distil_jax.checkpoint import Checkpoints, on_sigterm
+from distil_jax.data import scores
 from distil_jax.data.loader import Loader
 from distil_jax.errors import UserError
 from distil_jax.eval import likelihood
@@ -69,6 +70,7 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         run = run_of(config, name)
         check_frozen(work)
+        scores.check(config)
         model, params = learners.untrained(work, run.side, mesh)
         tables = learners.tables_of(work)
         objective, frozen = recipe(config, work, run, model, mesh, corpus, tables)
@@ -108,9 +110,11 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
         start = int(state["step"])
 
         # ---- data ---------------------------------------------------------------------------------------------------
+        shards = corpus["shards"]["train"]
+        stored = scores.Scores(work / "scores", work.require("scores"), shards) if objective.scores else None
         loader = Loader(
-            work / "corpus", corpus["shards"]["train"], t.batch_size, config.seed,
-            process_index=jax.process_index(), process_count=jax.process_count(),
+            work / "corpus", shards, t.batch_size, config.seed,
+            process_index=jax.process_index(), process_count=jax.process_count(), joined=stored,
         )  # fmt: skip
         curve = Curve(config, work, corpus, run.side, model, mesh, tables)
         update = make_step(Loss(objective), optimizer, rate)
@@ -183,28 +187,31 @@ def recipe(config, work, run, model, mesh, corpus, tables) -> tuple[Objective, F
     if run.name != "distilled":
         return Objective(model, label_smoothing=smoothing, **common), Frozen(jnp.asarray(weights))
     work.require("projection")
-    teacher, teacher_params = learners.teacher(work, mesh, config.teacher.dtype)
     projection = projection_of(work, tables)
+    distilling = common | {
+        "alpha": schedule(o.alpha.kind, o.alpha.start, o.alpha.end, t.steps),
+        "temperature": schedule(o.temperature.kind, o.temperature.start, o.temperature.end, t.steps),
+        "divergence": checked(o.divergence),
+        "skew": o.skew,
+        "top_k": o.top_k,
+        "keep": o.projection_keep,
+    }
+    learned = projection.rows() if o.learn_projection else None
+    weights = jnp.asarray(weights)
+    if work.scores_are_stored():
+        temperatures = tuple(work.require("scores")["temperatures"])
+        W = jax.device_put(projection.rows(), sharding.replicated(mesh))
+        return Objective(model, scores=temperatures, **distilling), Frozen(weights, projection=W, rows=learned)
+    teacher, teacher_params = learners.teacher(work, mesh, config.teacher.dtype)
     shards = Shards.of(mesh)
     table, rows = place(projection.table(), shards), None
     if shards.size > 1:
         lies = jax.tree.map(lambda spec: NamedSharding(mesh, spec), PlacedTable.specs(shards))
         table = jax.device_put(table, lies)
         rows = jax.jit(rows_of, out_shardings=lies.weights)(teacher.unembedding(teacher_params), table)
-    objective = Objective(
-        model,
-        teacher=teacher,
-        alpha=schedule(o.alpha.kind, o.alpha.start, o.alpha.end, t.steps),
-        temperature=schedule(o.temperature.kind, o.temperature.start, o.temperature.end, t.steps),
-        divergence=checked(o.divergence),
-        skew=o.skew,
-        top_k=o.top_k,
-        keep=o.projection_keep,
-        alignment=alignment_of(o, model, teacher, t.steps),
-        **common,
-    )
-    learned = projection.rows() if o.learn_projection else None
-    return objective, Frozen(jnp.asarray(weights), teacher_params, table, learned, rows)
+    inside = alignment_of(o, model, teacher, t.steps)
+    objective = Objective(model, teacher=teacher, alignment=inside, **distilling)
+    return objective, Frozen(weights, teacher_params, table, learned, rows)
 
 
 def alignment_of(o: ConfigDict, student: Any, teacher: Any, steps: int) -> Alignment | None:

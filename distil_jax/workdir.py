@@ -2,6 +2,7 @@
 
     corpus/ tokenizers/   prepare       packed shards, documents, quarantine; both tokenizers
     teacher/              train         the made or adapted teacher: checkpoints, metrics.jsonl, model/
+    scores/               score         what the teacher says of the training shards; only with teacher.scores=stored
     projection/           project       W, its fit and its measures
     control/ smoothing/ distilled/      train: a student each, as for the teacher
     evaluate/ export/ report/ summary.json
@@ -28,6 +29,7 @@ STUDENT_RUNS = ("control", "smoothing", "distilled")
 READS: dict[str, tuple[str, ...]] = {
     "corpus": ("data", "teacher.path", "teacher.vocab_size", "student.path", "student.vocab_size"),
     "teacher": ("seed", "teacher.shape", "teacher.adapt", "teacher.training", "evaluation.curve_rows"),
+    "scores": ("score", "teacher.dtype", "student.training.compute_dtype"),
     "projection": ("seed", "projection", "evaluation.bootstrap", "evaluation.rows"),
     **{
         run: ("seed", "student.shape", "student.training", "objective", "evaluation.curve_rows", "teacher.dtype")
@@ -38,7 +40,8 @@ READS: dict[str, tuple[str, ...]] = {
     "export": ("export.dtype", "export.name", "export.licence_files", "teacher.licence", "student.licence"),
     "report": (),
 }
-COMMAND = {"corpus": "prepare", "projection": "project"}  # the command that makes a stage, where it has another name
+# The command that makes a stage, where it has another name.
+COMMAND = {"corpus": "prepare", "projection": "project", "scores": "score"}
 COMMAND |= dict.fromkeys(("teacher", *STUDENT_RUNS), "train")
 
 
@@ -59,16 +62,21 @@ class Workdir:
         """Whether this run makes or adapts its teacher; otherwise the one at teacher.path is used as it is."""
         return self.config.teacher.adapt or not self.config.teacher.path
 
+    def scores_are_stored(self) -> bool:
+        """Whether the student learns from what the teacher was asked once, and not from a teacher in memory."""
+        return self.config.teacher.scores == "stored"
+
     def inputs(self, stage: str) -> tuple[str, ...]:
         """The stages that `stage` builds on."""
         teacher = ("teacher",) if self.teacher_is_trained() else ()
         return {
             "corpus": (),
             "teacher": ("corpus",),
+            "scores": ("corpus", *teacher),
             "projection": ("corpus", *teacher),
             "control": ("corpus",),
             "smoothing": ("corpus",),
-            "distilled": ("projection",),
+            "distilled": ("projection", *(("scores",) if self.scores_are_stored() else ())),
             "evaluate": ("projection", *self.config.runs),
             "export": ("distilled", "evaluate"),  # its card tells the results
             "report": ("evaluate", "export"),

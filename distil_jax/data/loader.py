@@ -8,11 +8,11 @@ long, and what each file holds; the stage that writes the shards puts it into it
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -27,6 +27,7 @@ Manifest = dict[str, Any]
 
 # One record per chunk: reading a single row at random decompresses that row alone.
 _WRITER_OPTIONS = "group_size:1,zstd:3"
+_AGAIN = "delete the folder and run the stage that wrote it again"
 
 
 def write_shards(
@@ -57,7 +58,10 @@ def write_shards(
     return {
         "fields": {name: column.shape[1] for name, column in columns.items()},
         "records": len(records),
-        "files": [_write_shard(directory / name, shard) for name, shard in zip(names, shards, strict=True)],
+        "files": [
+            write_file(directory / name, (record.tobytes() for record in shard))
+            for name, shard in zip(names, shards, strict=True)
+        ],
     }
 
 
@@ -69,13 +73,16 @@ def _as_int32(name: str, values: np.ndarray) -> np.ndarray:
     return values.astype("<i4", copy=False)
 
 
-def _write_shard(path: Path, records: np.ndarray) -> dict[str, Any]:
+def write_file(path: Path, records: Iterable[bytes]) -> dict[str, Any]:
+    """Write one ArrayRecord file, which appears under its name only when it is whole; returns its manifest entry."""
     partial = path.with_name(f".{path.name}.partial")
     writer = ArrayRecordWriter(str(partial), _WRITER_OPTIONS)
+    number = 0
     for record in records:
-        writer.write(record.tobytes())
+        writer.write(record)
+        number += 1
     writer.close()
-    entry = {"name": path.name, "records": len(records), "bytes": partial.stat().st_size, "sha256": _sha256(partial)}
+    entry = {"name": path.name, "records": number, "bytes": partial.stat().st_size, "sha256": _sha256(partial)}
     os.replace(partial, path)
     return entry
 
@@ -83,6 +90,14 @@ def _write_shard(path: Path, records: np.ndarray) -> dict[str, Any]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Joined(Protocol):
+    """What a loader adds to a row: more fields of fixed shape, of any type."""
+
+    records: int
+
+    def fields(self, number: int, row: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]: ...
 
 
 class Loader:
@@ -104,10 +119,12 @@ class Loader:
         process_index: int = 0,
         process_count: int = 1,
         *,
+        joined: Joined | None = None,
         verify: bool = True,
     ):
         """Open the shards of `manifest_part` in `directory`.
 
+        joined: adds fields to each row by its number (data/scores.py).
         verify: read every file once and compare checksums; sizes and record counts are always compared.
 
         Raises UserError naming the file that is missing or not as the manifest says, or for a batch size that
@@ -122,13 +139,21 @@ class Loader:
         self.local_batch_size = self._local(batch_size)
         files = manifest_part["files"]
         for entry in files:
-            _check_shard(Path(directory) / entry["name"], entry, 4 * sum(self.fields.values()), verify)
+            check_file(Path(directory) / entry["name"], entry, verify, _AGAIN)
+            _check_records(Path(directory) / entry["name"], entry, 4 * sum(self.fields.values()))
         if sum(entry["records"] for entry in files) != self.records or not self.records:
             raise UserError(
                 f"the manifest of {directory} says {self.records} records, its files hold others: write it again"
             )
+        if joined is not None and joined.records != self.records:
+            raise UserError(
+                f"{joined.records} records were made for the {self.records} of {directory}: make them again"
+            )
         paths = [str(Path(directory) / entry["name"]) for entry in files]
         self._rows = grain.MapDataset.source(grain.sources.ArrayRecordDataSource(paths)).map(self._decode)
+        if joined is not None:
+            # grain numbers the rows of a second epoch on from the first.
+            self._rows = self._rows.map_with_index(lambda n, row: row | joined.fields(n % self.records, row))
         # grain shuffles epoch e with seed + e, so neighbouring seeds would share orders: spread them first.
         spread = int(np.random.SeedSequence(seed).generate_state(1)[0])
         self._batches = self._rows.shuffle(seed=spread).repeat().batch(self.local_batch_size)
@@ -174,30 +199,33 @@ class Loader:
         """
         batch_size = batch_size or self.batch_size
         local = self._local(batch_size)
-        chosen, first = self.spread(rows), self.process_index * local
+        chosen, first, like = self.spread(rows), self.process_index * local, self._rows[0]
         for start in range(first, first + len(chosen), batch_size):
             members = [self._rows[int(n)] for n in chosen[start : start + local]]
-            batch = {name: np.zeros((local, length), np.int32) for name, length in self.fields.items()}
+            batch = {name: np.zeros((local, *values.shape), values.dtype) for name, values in like.items()}
             for n, row in enumerate(members):
                 for name, values in row.items():
                     batch[name][n] = values
             yield batch
 
 
-def _check_shard(path: Path, entry: Mapping[str, Any], record_bytes: int, verify: bool) -> None:
-    """UserError unless the file is as its manifest entry says and its records have `record_bytes` bytes."""
-    again = "delete the folder and run the stage that wrote it again"
+def check_file(path: Path, entry: Mapping[str, Any], verify: bool, again: str) -> None:
+    """UserError, which ends with what to do (`again`), unless the file is as its manifest entry says."""
     if not path.is_file():
         raise UserError(f"shard {path} is missing: {again}")
     if path.stat().st_size != entry["bytes"]:
         raise UserError(f"shard {path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}: {again}")
     if verify and _sha256(path) != entry["sha256"]:
         raise UserError(f"shard {path} does not have the checksum of the manifest: {again}")
+
+
+def _check_records(path: Path, entry: Mapping[str, Any], record_bytes: int) -> None:
+    """UserError unless the file has as many records as its manifest entry says, of `record_bytes` bytes."""
     reader = ArrayRecordReader(str(path))
     found, length = reader.num_records(), len(reader.read([0])[0]) if reader.num_records() else 0
     reader.close()
     if (found, length) != (entry["records"], record_bytes):
         raise UserError(
             f"shard {path} has {found} records of {length} bytes, the manifest says {entry['records']} of "
-            f"{record_bytes}: {again}"
+            f"{record_bytes}: {_AGAIN}"
         )
