@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from distil_jax.freezing import merge
+from distil_jax import lora
 from distil_jax.losses import head
 from distil_jax.losses.kd import ProjectionTable
 from distil_jax.losses.schedules import Schedule
@@ -47,19 +47,27 @@ class Objective:
     label_smoothing: float = 0.0
     block: int = head.BLOCK
     compute_dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"  # decoder.REMAT
+    adapter_scale: float = 1.0  # alpha / rank, where adapters learn (lora.py)
     mesh: Mesh | None = None
 
 
 class Loss:
     """`loss(params, frozen, batch, step) -> (scalar, metrics)`; a metric is (sum, count) over the global batch.
 
-    `params` is what learns, by part: {"model": parameters of the learning model}. With `frozen.own` that makes the
-    whole model.
+    `params` is what learns, by part: {"model": parameters of the learning model}, or {"adapter": low-rank updates of
+    it}. With `frozen.own` that makes the whole model.
     """
 
     def __init__(self, objective: Objective):
         self.objective = objective
+
+    def cast(self, params: Any, frozen: Frozen) -> tuple[Any, Frozen]:
+        """Both in the dtype of the computation, for a caller that differentiates several pieces of a batch: once for
+        all of them, with gradients in that dtype to add up in float32."""
+        dtype = jnp.dtype(self.objective.compute_dtype)
+        models = {part: cast(params[part], dtype) for part in ("model", "adapter") if part in params}
+        return params | models, frozen._replace(teacher=cast(frozen.teacher, dtype), own=cast(frozen.own, dtype))
 
     def totals(self, frozen: Frozen, batch: Batch) -> dict[str, Float[Array, ""]]:
         """What the sums of each term are divided by: global over the batch, so that a batch may be taken in pieces."""
@@ -72,7 +80,7 @@ class Loss:
         o = self.objective
         totals = self.totals(frozen, batch) if totals is None else totals
         weights = self._weights(frozen, batch) / totals["weights"]
-        hidden, unembedding = self._hidden(o.model, merge(params["model"], frozen.own or {}), batch, o.side)
+        hidden, unembedding = self._hidden(o.model, lora.whole(params, frozen.own, o.adapter_scale), batch, o.side)
         options = {
             "label_smoothing": o.label_smoothing,
             "text_vocab": o.model.config.text_vocab_size,
@@ -113,7 +121,7 @@ class Loss:
             batch[f"{side}_tokens"],
             segment_ids=batch[f"{side}_segment_ids"],
             positions=batch[f"{side}_positions"],
-            remat=self.objective.remat and side == self.objective.side,
+            remat=self.objective.remat if side == self.objective.side else "none",
         )
         return hidden, model.unembedding(params)
 

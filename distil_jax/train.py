@@ -7,6 +7,7 @@ A run that was stopped goes on from its newest whole checkpoint and ends with th
 the batch is a function of the seed and the step.
 """
 
+import functools
 import itertools
 import signal
 import sys
@@ -18,18 +19,18 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from distil_jax import freezing, learners, sharding
+from distil_jax import learners, lora, sharding
 from distil_jax.checkpoint import Checkpoints, on_sigterm
 from distil_jax.data.loader import Loader
 from distil_jax.errors import UserError
 from distil_jax.eval import likelihood
 from distil_jax.losses.schedules import learning_rate, schedule
-from distil_jax.losses.weights import parse_weights, specialty_weights
+from distil_jax.losses.weights import dro_update, parse_weights, specialty_weights
 from distil_jax.metrics import MetricsWriter, Progress, read_metrics
 from distil_jax.models import hub
 from distil_jax.objective import Frozen, Loss, Objective
 from distil_jax.projection import Projection
-from distil_jax.step import init_state, make_optimizer, make_step
+from distil_jax.step import Reweigh, init_state, make_optimizer, make_step, to_use
 from distil_jax.workdir import Workdir
 
 
@@ -60,8 +61,8 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
     mesh = learners.mesh_of(config)
     with jax.set_mesh(mesh):
         run = run_of(config, name)
-        check_frozen(work)
-        model, params = learners.untrained(work, run.side, mesh)
+        check_training(work, mesh)
+        model, params, own, shardings = learners.learning(work, run.side, mesh)
         tables = learners.tables_of(work)
         objective, frozen = recipe(config, work, run, model, mesh, corpus, tables)
 
@@ -69,11 +70,12 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
         t = run.training
         rate = learning_rate(t.learning_rate, t.warmup, t.steps, t.end_fraction)
         optimizer = make_optimizer(rate, weight_decay=t.weight_decay, clip=t.clip)
-        parameters = learners.count(params)
-        params, own = freezing.split(params, t.freeze)
-        frozen, trainable = frozen._replace(own=own), learners.count(params)
-        shardings = {"model": freezing.split(sharding.param_shardings(model, mesh), t.freeze)[0]}
-        state = placed(jax.jit(init_state, static_argnums=1)({"model": params}, optimizer), optimizer, shardings, mesh)
+        parameters, trainable = learners.count(model.abstract_params()), learners.count(params)
+        frozen, reweigh = frozen._replace(own=own), reweighing(config, run, corpus)
+        start_weights = frozen.specialty_weights_S if reweigh else None
+        begin = jax.jit(functools.partial(init_state, optimizer=optimizer, ema=t.ema))
+        state = placed(begin(params, weights_S=start_weights), optimizer, shardings, mesh)
+        whole = lambda state: lora.whole(to_use(state), own, objective.adapter_scale)  # noqa: E731
         del params
         checkpoints = Checkpoints(stage.folder / "checkpoints", keep=2, save_every=t.checkpoint_every)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
@@ -87,7 +89,9 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
             process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
         curve = Curve(config, work, corpus, run.side, model, mesh, tables)
-        update = make_step(Loss(objective), optimizer, rate)
+        update = make_step(
+            Loss(objective), optimizer, rate, accumulate=t.accumulate, ema=t.ema, reweigh=reweigh
+        )  # fmt: skip
 
         # ---- loop: dispatch step n, then read what step n - 1 reported ----------------------------------------------
         metrics = MetricsWriter(stage.folder / "metrics.jsonl", resume_step=start + 1 if start else 0)
@@ -95,7 +99,7 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
         with metrics, Progress(t.steps, name, start=start) as progress, on_sigterm() as stop:
             if start == 0:
                 sizes = {"parameters": parameters, "trainable_parameters": trainable}
-                metrics.write(0, **sizes, **curve(freezing.merge(state["params"]["model"], own)))
+                metrics.write(0, **sizes, **curve(whole(state)))
             pending = None
             for done, batch in enumerate(itertools.islice(loader.iterate(start), t.steps - start), start + 1):
                 tokens = int((batch[f"{run.side}_segment_ids"] > 0).sum())
@@ -109,7 +113,7 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
                     log(metrics, progress, *pending, t, names, stage.folder)
                     pending = None
                 if evaluates:
-                    metrics.write(done, **curve(freezing.merge(state["params"]["model"], own)))
+                    metrics.write(done, **curve(whole(state)))
                 if saves:
                     checkpoints.save(done, state, force=stop.requested)
                 if stop.requested:
@@ -117,11 +121,11 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
                     print(f"{name}: stopped at step {done}, state saved; start it again to go on", file=sys.stderr)
                     raise SystemExit(128 + signal.SIGTERM)
         checkpoints.close()
-        params = freezing.merge(state["params"]["model"], own)
+        params = whole(state)
         if start == t.steps:  # it was finished, but stopped before it could say so
             curve(params)
         tokenizer = learners.hf_tokenizer(work, run.side)
-        hub.save_pretrained(model, params, stage.folder / "model", tokenizer=tokenizer)
+        hub.save_pretrained(model, params, stage.folder / "model", tokenizer=tokenizer, dtype="float32")
     return stage.finish(
         steps=t.steps,
         parameters=parameters,
@@ -144,6 +148,7 @@ def recipe(config, work, run, model, mesh, corpus, tables) -> tuple[Objective, F
     """What is optimised, and what it reads without learning it."""
     o, t = config.objective, run.training
     common = {"block": o.block, "compute_dtype": t.compute_dtype, "remat": t.remat, "mesh": mesh}
+    common["adapter_scale"] = learners.adapter_scale(config, run.side)
     if run.side == "teacher":
         return Objective(model, "teacher", **common), Frozen(jnp.ones(1))
     names = corpus["specialties"]
@@ -166,11 +171,21 @@ def recipe(config, work, run, model, mesh, corpus, tables) -> tuple[Objective, F
     return objective, Frozen(jnp.asarray(weights), teacher_params, projection.table())
 
 
-def check_frozen(work: Workdir) -> None:
-    """Raises UserError now for a training.freeze that the last run of a recipe would stumble over."""
+def reweighing(config: ConfigDict, run: Run, corpus: dict[str, Any]) -> Reweigh | None:
+    """What drives the specialty weights of a run, if anything does."""
+    kind, rate = config.objective.specialty_weighting, config.objective.dro_rate
+    if rate <= 0:
+        raise UserError(f"objective.dro_rate={rate} is a number above 0, such as 0.01")
+    if run.side == "teacher" or kind != "dro":
+        return None
+    tokens = np.asarray(corpus["supervised_tokens"], np.float64)
+    return functools.partial(dro_update, share_S=tokens / tokens.sum(), rate=rate)
+
+
+def check_training(work: Workdir, mesh: Any) -> None:
+    """Raises UserError now for settings that the last run of a recipe would stumble over."""
     for side in (("teacher",) if work.teacher_is_trained() else ()) + ("student",):
-        abstract = learners.description(work, side).abstract_params()
-        freezing.split(abstract, work.config[side].training.freeze)
+        learners.check_learning(work, side, mesh)
 
 
 def placed(state: dict[str, Any], optimizer: optax.GradientTransformation, shardings: Any, mesh: Any) -> dict[str, Any]:
@@ -183,8 +198,9 @@ def placed(state: dict[str, Any], optimizer: optax.GradientTransformation, shard
         shardings,
         transform_non_params=lambda x: jax.device_put(x, whole),
     )
-    rest = {k: jax.device_put(state[k], whole) for k in ("step", "skipped")}
-    return {"params": jax.device_put(state["params"], shardings), "opt_state": opt_state} | rest
+    like_params = {k: jax.device_put(state[k], shardings) for k in ("params", "ema") if k in state}
+    others = {k: jax.device_put(state[k], whole) for k in state.keys() - like_params.keys() - {"opt_state"}}
+    return like_params | others | {"opt_state": opt_state}
 
 
 class Curve:
@@ -210,11 +226,12 @@ def log(metrics, progress, done, report, tokens, documents, t, specialties, fold
     """Writes what step `done` reported, every t.log_every steps; stops the run after too many bad updates."""
     skipped = int(report["skipped"])
     if done % t.log_every == 0 or done in (1, t.steps):
-        values = {k: np.asarray(v).tolist() for k, v in report.items() if k != "ce_by_specialty"}
+        values = {k: np.asarray(v).tolist() for k, v in report.items() if not k.endswith("_by_specialty")}
         values["tokens"] = tokens
-        if "ce_by_specialty" in report:
-            by = np.asarray(report["ce_by_specialty"]).tolist()
-            values |= {f"ce/{name}": v for name, v in zip(specialties, by, strict=True) if v > 0}
+        for prefix in ("ce", "weight"):
+            if f"{prefix}_by_specialty" in report:
+                by = np.asarray(report[f"{prefix}_by_specialty"]).tolist()
+                values |= {f"{prefix}/{name}": v for name, v in zip(specialties, by, strict=True) if v > 0}
         metrics.write(done, **values)
     shown = {k: report[k] for k in ("loss", "ce", "kl_at_1") if k in report}
     progress.update(done, tokens=tokens, **shown)
