@@ -47,6 +47,13 @@ def get_config() -> ConfigDict:
     c.student.licence = ""
     c.student.training = training(steps=80, learning_rate=3e-4)
 
+    # Low-rank adapters learn in place of the student's parameters, which stay as they are.
+    c.student.lora = ConfigDict()
+    c.student.lora.rank = 0  # 0: none, all parameters learn
+    c.student.lora.alpha = 16.0  # the update of a kernel is alpha / rank times a b
+    c.student.lora.targets = "layers.attention,layers.mlp"  # kernels, or what holds them, separated by commas
+    c.student.lora.dtype = "bfloat16"  # of the frozen parameters; float32, or int8 for their kernels
+
     c.projection = ConfigDict()
     c.projection.size = 8  # student tokens that one teacher token may become
     c.projection.prior = 1.0  # observations that the first piece is worth beside the counts
@@ -78,7 +85,8 @@ def get_config() -> ConfigDict:
     c.objective.attention.teacher_layers = ""
     c.objective.attention.heads = "mean"  # of the maps of a layer, or "mixed": by weights that learn
     c.objective.hidden_states = 0.0  # weight of the distance of those layers' states, through matrices that learn
-    c.objective.specialty_weighting = "given"  # or "inverse_frequency"
+    c.objective.specialty_weighting = "given"  # or "inverse_frequency", or "dro": driven by each specialty's loss
+    c.objective.dro_rate = 0.01  # of "dro" alone: a loss one nat higher gains this much log weight a step
     c.objective.specialty_weights = ""  # "cardiology=1.2,radiology=1.0"; 1 where a specialty is not named
     c.objective.label_smoothing = 0.1  # of the smoothing control alone
     c.objective.block = 256  # tokens whose logits exist at one time; 262,144 x 256 float32 is 0.25 GiB
@@ -107,14 +115,16 @@ def training(steps: int, learning_rate: float) -> ConfigDict:
     t = ConfigDict()
     t.steps = steps
     t.batch_size = 8  # packed rows, over all devices
+    t.accumulate = 1  # pieces that the batch is taken in, one after the other: less memory, the same numbers
     t.learning_rate = learning_rate  # peak; warm-up, then a cosine
     t.warmup = 10
     t.end_fraction = 0.1  # of the peak, at the last step
     t.weight_decay = 0.01
     t.clip = 1.0  # global gradient norm, over the parameters that learn
     t.freeze = ""  # parameters that stay as they are: "embedding", or dotted paths separated by commas
+    t.ema = 0.0  # decay of a running average of the parameters, which is then evaluated and kept; 0: none
     t.compute_dtype = "float32"  # "bfloat16" on accelerators; on a CPU it is slower
-    t.remat = False  # recompute activations in the backward pass
+    t.remat = "none"  # what is computed again in the backward pass: none, dots (all but matrix products), full (all)
     t.log_every = 5
     t.evaluate_every = 40
     t.checkpoint_every = 40

@@ -8,14 +8,16 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from distil_jax import sharding
+from distil_jax import freezing, lora, sharding
 from distil_jax.errors import UserError
 from distil_jax.models import hub
+from distil_jax.models.decoder import REMAT
 from distil_jax.models.int8 import quantize
 from distil_jax.tokens.bytes import ByteTable
 from distil_jax.workdir import Workdir
 
-SEED_OF = {"teacher": 1, "student": 2}
+LORA_DTYPES = ("float32", "bfloat16", "int8")
+SEED_OF = {"teacher": 1, "student": 2, "adapter": 3, "alignment": 4}
 
 
 def mesh_of(config: ConfigDict, devices: list[Any] | None = None) -> Mesh:
@@ -60,6 +62,69 @@ def untrained(work: Workdir, side: str, mesh: Mesh, dtype: str = "float32") -> t
     key = jax.random.fold_in(jax.random.key(work.config.seed), SEED_OF[side])
     init = jax.jit(model.init, static_argnums=1, out_shardings=sharding.param_shardings(model, mesh))
     return model, init(key, dtype)
+
+
+def learning(work: Workdir, side: str, mesh: Mesh) -> tuple[Any, dict[str, Any], Any, dict[str, Any]]:
+    """(model, what of it learns by part, what is frozen of it, where the first lies) at the start of a run.
+
+    Without student.lora the parameters learn, but for those that training.freeze names. With it, adapters learn, and
+    all parameters are frozen, in student.lora.dtype ("int8": their kernels; the rest is bfloat16).
+    """
+    part = work.config[side]
+    if not uses_lora(work.config, side):
+        model, params = untrained(work, side, mesh)
+        learns, own = freezing.split(params, part.training.freeze)
+        where = freezing.split(sharding.param_shardings(model, mesh), part.training.freeze)[0]
+        return model, {"model": learns}, own, {"model": where}
+    s = part.lora
+    model, params = untrained(work, side, mesh, "bfloat16" if s.dtype == "int8" else s.dtype)
+    if s.dtype == "int8":
+        params = quantize(model, params, vocabulary=False)
+    where = lora.shardings(model, mesh, s.targets, s.rank)
+    key = jax.random.fold_in(jax.random.key(work.config.seed), SEED_OF["adapter"])
+    adapter = jax.jit(lora.init, static_argnums=(0, 2, 3), out_shardings=where)(model, key, s.targets, s.rank)
+    return model, {"adapter": adapter}, params, {"adapter": where}
+
+
+def uses_lora(config: ConfigDict, side: str) -> bool:
+    """Whether low-rank adapters of that side's model learn, and its own parameters do not."""
+    return side == "student" and config.student.lora.rank > 0
+
+
+def adapter_scale(config: ConfigDict, side: str) -> float:
+    """alpha / rank; 1 without adapters."""
+    return config.student.lora.alpha / config.student.lora.rank if uses_lora(config, side) else 1.0
+
+
+def check_learning(work: Workdir, side: str, mesh: Mesh) -> None:
+    """Raises UserError for settings of a side's training that could not be met, before anything is read or trained."""
+    model, config = description(work, side), work.config
+    t, parts = config[side].training, mesh.shape["data"] * mesh.shape["fsdp"]
+    freezing.split(model.abstract_params(), t.freeze)
+    if t.remat not in REMAT:
+        raise UserError(f"{side}.training.remat is {t.remat!r}; use one of {', '.join(map(repr, REMAT))}")
+    if not 0 <= t.ema < 1:
+        raise UserError(f"{side}.training.ema={t.ema}: a decay from 0 (no average) to below 1, such as 0.999")
+    if t.accumulate < 1 or t.batch_size % t.accumulate or t.batch_size // t.accumulate % parts:
+        raise UserError(
+            f"{side}.training: batch_size={t.batch_size} rows do not divide into accumulate={t.accumulate} pieces, "
+            f"each a multiple of data x fsdp = {parts}: set batch_size to a multiple of {max(t.accumulate, 1) * parts}"
+        )
+    if side == "student":
+        _check_lora(model, config.student.lora, t.freeze)
+
+
+def _check_lora(model: Any, s: ConfigDict, freeze: str) -> None:
+    lora.kernels(model, s.targets)
+    if s.rank < 0 or s.alpha <= 0:
+        raise UserError(f"student.lora: rank={s.rank} is 0 (none) or above and alpha={s.alpha} above 0")
+    if s.dtype not in LORA_DTYPES:
+        raise UserError(f"student.lora.dtype is {s.dtype!r}; use one of {', '.join(LORA_DTYPES)}")
+    if s.rank and freeze:
+        raise UserError(
+            f"student.training.freeze={freeze!r} with student.lora.rank={s.rank}: with adapters every parameter is "
+            "frozen already; empty the one or set the other to 0"
+        )
 
 
 def description(work: Workdir, side: str) -> Any:

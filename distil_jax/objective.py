@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from distil_jax.freezing import merge
+from distil_jax import lora
 from distil_jax.losses import attention, head, stored
 from distil_jax.losses.kd import PlacedTable, ProjectionRows, ProjectionTable, row_softmax, with_weights
 from distil_jax.losses.schedules import Schedule
@@ -65,19 +65,29 @@ class Objective:
     keep: float = 0.0  # lambda of |W - W0|^2, where W learns
     block: int = 0
     compute_dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"  # decoder.REMAT
+    adapter_scale: float = 1.0  # alpha / rank, where adapters learn (lora.py)
     mesh: Mesh | None = None
 
 
 class Loss:
     """`loss(params, frozen, batch, step) -> (scalar, metrics)`; a metric is (sum, count) over the global batch.
 
-    `params` is what learns, by part. "model": parameters of the learning model; with `frozen.own` they make the whole
-    model. "projection", where W learns: the logits of its rows, [Vt, k]. "alignment": attention.init.
+    `params` is what learns, by part. "model": parameters of the learning model, or "adapter": low-rank updates of it
+    (lora.py); with `frozen.own` they make the whole model. "projection", where W learns: the logits of its rows,
+    [Vt, k]. "alignment": attention.init.
     """
 
     def __init__(self, objective: Objective):
         self.objective = objective
+
+    def cast(self, params: Any, frozen: Frozen) -> tuple[Any, Frozen]:
+        """Both in the dtype of the computation, for a caller that differentiates several pieces of a batch: once for
+        all of them, with gradients in that dtype to add up in float32."""
+        dtype = jnp.dtype(self.objective.compute_dtype)
+        models = {part: cast(params[part], dtype) for part in ("model", "adapter") if part in params}
+        of_frozen = {name: cast(getattr(frozen, name), dtype) for name in ("teacher", "teacher_rows", "own")}
+        return params | models, frozen._replace(**of_frozen)
 
     def totals(self, frozen: Frozen, batch: Batch) -> dict[str, Float[Array, ""]]:
         """What the sums of each term are divided by: global over the batch, so that a batch may be taken in pieces."""
@@ -95,7 +105,7 @@ class Loss:
         totals = self.totals(frozen, batch) if totals is None else totals
         weights = self._weights(frozen, batch) / totals["weights"]
         pairs = o.alignment.pairs if o.alignment else ()
-        own = merge(params["model"], frozen.own or {})
+        own = lora.whole(params, frozen.own, o.adapter_scale)
         hidden, unembedding, seen = self._hidden(o.model, own, batch, o.side, [pair.student for pair in pairs])
         options = {
             "label_smoothing": o.label_smoothing,
@@ -188,7 +198,7 @@ class Loss:
             batch[f"{side}_tokens"],
             segment_ids=batch[f"{side}_segment_ids"],
             positions=batch[f"{side}_positions"],
-            remat=self.objective.remat and side == self.objective.side,
+            remat=self.objective.remat if side == self.objective.side else "none",
             observe=tuple(observe),
         )
         hidden, seen = hidden if observe else (hidden, None)

@@ -53,21 +53,29 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[Any]
 
 
 def param_shardings(model: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
-    """A NamedSharding for each parameter of `model`, in the tree of its parameters.
+    """A NamedSharding for each parameter of `model`, in the tree of its parameters."""
+    return jax.tree.map(
+        lambda axes, leaf: place(mesh, axes, leaf.shape, rules),
+        model.logical_axes(),
+        model.abstract_params(),
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def place(
+    mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], rules: Rules | None = None
+) -> NamedSharding:
+    """Where a parameter with these logical axes lies.
 
     An axis that a mesh axis does not divide stays whole (a head count smaller than the tensor axis, say).
     """
     rules = rules or Rules()
-
-    def place(axes, shape):
-        used = []
-        for name, size in zip(axes, shape.shape, strict=True):
-            axis = getattr(rules, name) if name else None
-            fits = axis is not None and size % mesh.shape[axis] == 0 and axis not in used
-            used.append(axis if fits else None)
-        return NamedSharding(mesh, PartitionSpec(*used))
-
-    return jax.tree.map(place, model.logical_axes(), model.abstract_params(), is_leaf=lambda x: isinstance(x, tuple))
+    used = []
+    for name, size in zip(axes, shape, strict=True):
+        axis = getattr(rules, name) if name else None
+        fits = axis is not None and size % mesh.shape[axis] == 0 and axis not in used
+        used.append(axis if fits else None)
+    return NamedSharding(mesh, PartitionSpec(*used))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

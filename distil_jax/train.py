@@ -8,6 +8,7 @@ the batch is a function of the seed and the step.
 """
 
 import dataclasses
+import functools
 import itertools
 import signal
 import sys
@@ -20,7 +21,7 @@ import optax
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from distil_jax import freezing, learners, sharding
+from distil_jax import learners, lora, sharding
 from distil_jax.checkpoint import Checkpoints, on_sigterm
 from distil_jax.data import scores
 from distil_jax.data.loader import Loader
@@ -31,15 +32,13 @@ from distil_jax.losses.divergence import checked
 from distil_jax.losses.kd import PlacedTable, place, rows_of
 from distil_jax.losses.schedules import learning_rate, schedule
 from distil_jax.losses.vocabulary import Shards
-from distil_jax.losses.weights import parse_weights, specialty_weights
+from distil_jax.losses.weights import dro_update, parse_weights, specialty_weights
 from distil_jax.metrics import MetricsWriter, Progress, read_metrics
 from distil_jax.models import hub
 from distil_jax.objective import Alignment, Frozen, Loss, Objective
 from distil_jax.projection import Projection
-from distil_jax.step import init_state, make_optimizer, make_step
+from distil_jax.step import Reweigh, init_state, make_optimizer, make_step, to_use
 from distil_jax.workdir import Workdir
-
-ALIGNMENT_SEED = 3  # beside learners.SEED_OF
 
 
 class Run(NamedTuple):
@@ -69,9 +68,9 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
     mesh = learners.mesh_of(config)
     with jax.set_mesh(mesh):
         run = run_of(config, name)
-        check_frozen(work)
+        check_training(work, mesh)
         scores.check(config)
-        model, params = learners.untrained(work, run.side, mesh)
+        model, params, own, shardings = learners.learning(work, run.side, mesh)
         tables = learners.tables_of(work)
         objective, frozen = recipe(config, work, run, model, mesh, corpus, tables)
 
@@ -82,27 +81,16 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
             rate, weight_decay=t.weight_decay, clip=t.clip,
             projection_rate=config.objective.projection_learning_rate / t.learning_rate,
         )  # fmt: skip
-        parameters = learners.count(params)
-        params, own = freezing.split(params, t.freeze)
-        frozen, trainable = frozen._replace(own=own), learners.count(params)
-        learning = {"model": params}
-        shardings = {"model": freezing.split(sharding.param_shardings(model, mesh), t.freeze)[0]}
-        if frozen.rows is not None:
-            learning["projection"], shardings["projection"] = (
-                projection_of(work, tables).logits,
-                sharding.replicated(mesh),
-            )
-        if objective.alignment:
-            key = jax.random.fold_in(jax.random.key(config.seed), ALIGNMENT_SEED)
-            align = attention.init(
-                key, objective.alignment.pairs, model, objective.teacher,
-                mixed=config.objective.attention.heads == "mixed", hidden=objective.alignment.hidden_weight > 0,
-            )  # fmt: skip
-            if align:
-                whole = sharding.replicated(mesh)
-                learning["alignment"], shardings["alignment"] = align, jax.tree.map(lambda _: whole, align)
-        state = placed(jax.jit(init_state, static_argnums=1)(learning, optimizer), optimizer, shardings, mesh)
-        del params, learning
+        parameters, trainable = learners.count(model.abstract_params()), learners.count(params)
+        frozen, reweigh = frozen._replace(own=own), reweighing(config, run, corpus)
+        others = beside_the_model(config, work, model, objective, frozen, tables)
+        params |= others
+        shardings |= jax.tree.map(lambda _: sharding.replicated(mesh), others)
+        start_weights = frozen.specialty_weights_S if reweigh else None
+        begin = jax.jit(functools.partial(init_state, optimizer=optimizer, ema=t.ema))
+        state = placed(begin(params, weights_S=start_weights), optimizer, shardings, mesh)
+        whole = lambda state: lora.whole(to_use(state), own, objective.adapter_scale)  # noqa: E731
+        del params, others
         checkpoints = Checkpoints(stage.folder / "checkpoints", keep=2, save_every=t.checkpoint_every)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         if restored := checkpoints.restore_latest(abstract):
@@ -117,7 +105,9 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
             process_index=jax.process_index(), process_count=jax.process_count(), joined=stored,
         )  # fmt: skip
         curve = Curve(config, work, corpus, run.side, model, mesh, tables)
-        update = make_step(Loss(objective), optimizer, rate)
+        update = make_step(
+            Loss(objective), optimizer, rate, accumulate=t.accumulate, ema=t.ema, reweigh=reweigh
+        )  # fmt: skip
 
         # ---- loop: dispatch step n, then read what step n - 1 reported ----------------------------------------------
         metrics = MetricsWriter(stage.folder / "metrics.jsonl", resume_step=start + 1 if start else 0)
@@ -125,7 +115,7 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
         with metrics, Progress(t.steps, name, start=start) as progress, on_sigterm() as stop:
             if start == 0:
                 sizes = {"parameters": parameters, "trainable_parameters": trainable}
-                metrics.write(0, **sizes, **curve(freezing.merge(state["params"]["model"], own)))
+                metrics.write(0, **sizes, **curve(whole(state)))
             pending = None
             for done, batch in enumerate(itertools.islice(loader.iterate(start), t.steps - start), start + 1):
                 tokens = int((batch[f"{run.side}_segment_ids"] > 0).sum())
@@ -139,7 +129,7 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
                     log(metrics, progress, *pending, t, names, stage.folder)
                     pending = None
                 if evaluates:
-                    metrics.write(done, **curve(freezing.merge(state["params"]["model"], own)))
+                    metrics.write(done, **curve(whole(state)))
                 if saves:
                     checkpoints.save(done, state, force=stop.requested)
                 if stop.requested:
@@ -147,13 +137,13 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
                     print(f"{name}: stopped at step {done}, state saved; start it again to go on", file=sys.stderr)
                     raise SystemExit(128 + signal.SIGTERM)
         checkpoints.close()
-        params = freezing.merge(state["params"]["model"], own)
+        params = whole(state)
         if start == t.steps:  # it was finished, but stopped before it could say so
             curve(params)
         tokenizer = learners.hf_tokenizer(work, run.side)
-        hub.save_pretrained(model, params, stage.folder / "model", tokenizer=tokenizer)
+        hub.save_pretrained(model, params, stage.folder / "model", tokenizer=tokenizer, dtype="float32")
         if frozen.rows is not None:
-            learned = np.asarray(state["params"]["projection"])
+            learned = np.asarray(to_use(state)["projection"])
             dataclasses.replace(projection_of(work, tables), logits=learned).save(stage.folder / "projection")
     return stage.finish(
         steps=t.steps,
@@ -177,6 +167,7 @@ def recipe(config, work, run, model, mesh, corpus, tables) -> tuple[Objective, F
     """What is optimised, and what it reads without learning it."""
     o, t = config.objective, run.training
     common = {"block": o.block, "compute_dtype": t.compute_dtype, "remat": t.remat, "mesh": mesh}
+    common["adapter_scale"] = learners.adapter_scale(config, run.side)
     if run.side == "teacher":
         return Objective(model, "teacher", **common), Frozen(jnp.ones(1))
     names = corpus["specialties"]
@@ -214,6 +205,21 @@ def recipe(config, work, run, model, mesh, corpus, tables) -> tuple[Objective, F
     return objective, Frozen(weights, teacher_params, table, learned, rows)
 
 
+def beside_the_model(
+    config: ConfigDict, work: Workdir, model: Any, objective: Objective, frozen: Frozen, tables: dict[str, Any]
+) -> dict[str, Any]:
+    """What learns beside the model, by part (objective.Loss), at the start of a run."""
+    parts: dict[str, Any] = {}
+    if frozen.rows is not None:
+        parts["projection"] = jnp.asarray(projection_of(work, tables).logits)
+    if objective.alignment:
+        a, key = objective.alignment, jax.random.fold_in(jax.random.key(config.seed), learners.SEED_OF["alignment"])
+        mixed = config.objective.attention.heads == "mixed"
+        learned = attention.init(key, a.pairs, model, objective.teacher, mixed=mixed, hidden=a.hidden_weight > 0)
+        parts |= {"alignment": learned} if learned else {}
+    return parts
+
+
 def alignment_of(o: ConfigDict, student: Any, teacher: Any, steps: int) -> Alignment | None:
     """What of the inside of the models is aligned; None, at no cost, where both weights are 0 throughout."""
     if o.attention.heads not in ("mean", "mixed"):
@@ -234,11 +240,21 @@ def projection_of(work: Workdir, tables: dict[str, Any]) -> Projection:
     return Projection.load(work / "projection", teacher=tables["teacher"], student=tables["student"])
 
 
-def check_frozen(work: Workdir) -> None:
-    """Raises UserError now for a training.freeze that the last run of a recipe would stumble over."""
+def reweighing(config: ConfigDict, run: Run, corpus: dict[str, Any]) -> Reweigh | None:
+    """What drives the specialty weights of a run, if anything does."""
+    kind, rate = config.objective.specialty_weighting, config.objective.dro_rate
+    if rate <= 0:
+        raise UserError(f"objective.dro_rate={rate} is a number above 0, such as 0.01")
+    if run.side == "teacher" or kind != "dro":
+        return None
+    tokens = np.asarray(corpus["supervised_tokens"], np.float64)
+    return functools.partial(dro_update, share_S=tokens / tokens.sum(), rate=rate)
+
+
+def check_training(work: Workdir, mesh: Any) -> None:
+    """Raises UserError now for settings that the last run of a recipe would stumble over."""
     for side in (("teacher",) if work.teacher_is_trained() else ()) + ("student",):
-        abstract = learners.description(work, side).abstract_params()
-        freezing.split(abstract, work.config[side].training.freeze)
+        learners.check_learning(work, side, mesh)
 
 
 def placed(state: dict[str, Any], optimizer: optax.GradientTransformation, shardings: Any, mesh: Any) -> dict[str, Any]:
@@ -251,8 +267,9 @@ def placed(state: dict[str, Any], optimizer: optax.GradientTransformation, shard
         shardings,
         transform_non_params=lambda x: jax.device_put(x, whole),
     )
-    rest = {k: jax.device_put(state[k], whole) for k in ("step", "skipped")}
-    return {"params": jax.device_put(state["params"], shardings), "opt_state": opt_state} | rest
+    like_params = {k: jax.device_put(state[k], shardings) for k in ("params", "ema") if k in state}
+    others = {k: jax.device_put(state[k], whole) for k in state.keys() - like_params.keys() - {"opt_state"}}
+    return like_params | others | {"opt_state": opt_state}
 
 
 class Curve:
@@ -278,11 +295,12 @@ def log(metrics, progress, done, report, tokens, documents, t, specialties, fold
     """Writes what step `done` reported, every t.log_every steps; stops the run after too many bad updates."""
     skipped = int(report["skipped"])
     if done % t.log_every == 0 or done in (1, t.steps):
-        values = {k: np.asarray(v).tolist() for k, v in report.items() if k != "ce_by_specialty"}
+        values = {k: np.asarray(v).tolist() for k, v in report.items() if not k.endswith("_by_specialty")}
         values["tokens"] = tokens
-        if "ce_by_specialty" in report:
-            by = np.asarray(report["ce_by_specialty"]).tolist()
-            values |= {f"ce/{name}": v for name, v in zip(specialties, by, strict=True) if v > 0}
+        for prefix in ("ce", "weight"):
+            if f"{prefix}_by_specialty" in report:
+                by = np.asarray(report[f"{prefix}_by_specialty"]).tolist()
+                values |= {f"{prefix}/{name}": v for name, v in zip(specialties, by, strict=True) if v > 0}
         metrics.write(done, **values)
     shown = {k: report[k] for k in ("loss", "ce", "kl_at_1", "attention") if k in report}
     progress.update(done, tokens=tokens, **shown)

@@ -25,16 +25,14 @@ from distil_jax.errors import UserError
 from distil_jax.metrics import peak_memory_bytes
 
 STUDENT_RUNS = ("control", "smoothing", "distilled")
+STUDENT = ("student.shape", "student.training", "student.lora")
 # The config that each stage reads (dotted; a whole subtree or one key), and the stages that it builds on.
 READS: dict[str, tuple[str, ...]] = {
     "corpus": ("data", "teacher.path", "teacher.vocab_size", "student.path", "student.vocab_size"),
     "teacher": ("seed", "teacher.shape", "teacher.adapt", "teacher.training", "evaluation.curve_rows"),
     "scores": ("score", "teacher.dtype", "student.training.compute_dtype"),
     "projection": ("seed", "projection", "evaluation.bootstrap", "evaluation.rows"),
-    **{
-        run: ("seed", "student.shape", "student.training", "objective", "evaluation.curve_rows", "teacher.dtype")
-        for run in STUDENT_RUNS
-    },
+    **{run: ("seed", *STUDENT, "objective", "evaluation.curve_rows", "teacher.dtype") for run in STUDENT_RUNS},
     "evaluate": ("evaluation", "runs"),
     # Not where it is pushed to: that changes no file.
     "export": ("export.dtype", "export.name", "export.licence_files", "teacher.licence", "student.licence"),

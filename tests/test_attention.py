@@ -112,7 +112,7 @@ def seen_of(model, params, rows, side, chosen, **options):
     return tuple(seen[layer] for layer in chosen)
 
 
-def apart(models, params, rows, mixing=None, projections=None, mesh=None, remat=False):
+def apart(models, params, rows, mixing=None, projections=None, mesh=None, remat="none"):
     student, _, teacher, teacher_params = models
     a = seen_of(student, params, rows, "student", tuple(p.student for p in PAIRS), remat=remat)
     b = seen_of(teacher, teacher_params, rows, "teacher", tuple(p.teacher for p in PAIRS))
@@ -185,7 +185,7 @@ def test_the_gradient_equals_finite_differences(models, rows):
 
     @jax.jit
     def value(learned):
-        d = apart(models, learned["params"], rows, learned["mixing"], learned["matrices"], remat=True)
+        d = apart(models, learned["params"], rows, learned["mixing"], learned["matrices"], remat="full")
         return d.attention + d.hidden
 
     gradient = jax.jit(jax.grad(value))(learned)
@@ -228,13 +228,15 @@ def test_no_map_of_the_batch_exists():
 
     def value(params, teacher_params, rows):
         models = case[:1] + (params,) + case[2:3] + (teacher_params,)
-        return apart(models, params, rows, remat=True).attention
+        return apart(models, params, rows, remat="full").attention
 
     def temporary(f):
         compiled = jax.jit(jax.grad(f)).lower(student.abstract_params(), teacher.abstract_params(), rows).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    without = temporary(lambda p, t, rows: jnp.sum(seen_of(student, p, rows, "student", (1, 3), remat=True)[1].x_BxLxD))
+    without = temporary(
+        lambda p, t, rows: jnp.sum(seen_of(student, p, rows, "student", (1, 3), remat="full")[1].x_BxLxD)
+    )
     assert temporary(value) - without < B * 4 * L * L * 4
 
 

@@ -286,7 +286,8 @@ def test_given_positions_replace_the_index_within_the_segment(ours):
     assert np.abs(hidden(params, tokens, positions=3 * index) - plain).max() > 1e-3
 
 
-def test_padding_gives_zero_maps_and_finite_gradients_with_remat_or_without(ours):
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_padding_gives_zero_maps_and_finite_gradients_with_remat_or_without(ours, remat):
     model, params = ours
     tokens = np.random.default_rng(0).integers(0, 64, (3, 40), dtype=np.int32)
     segments = jnp.asarray([[1] * 20 + [2] * 12 + [0] * 8, [1] * 40, [0] * 40])  # the last is padding alone
@@ -296,7 +297,7 @@ def test_padding_gives_zero_maps_and_finite_gradients_with_remat_or_without(ours
         return jnp.sum(hidden**2) + jnp.sum(maps[1] ** 2), maps[1]
 
     grad = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
-    (kept, maps), (again, _) = grad(params, False), grad(params, True)
+    (kept, maps), (again, _) = grad(params, "none"), grad(params, remat)
     for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(again), strict=True):
         assert np.isfinite(a).all()
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)

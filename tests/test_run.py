@@ -251,8 +251,8 @@ def test_a_run_that_was_killed_ends_with_the_numbers_of_an_undisturbed_one(finis
     code = (
         "import sys; from distil_jax.config import load_config; from distil_jax import train, step; import time\n"
         "make = step.make_step\n"
-        "def slow(*a):\n"
-        "    f = make(*a)\n"
+        "def slow(*a, **k):\n"
+        "    f = make(*a, **k)\n"
         "    return lambda *b: (time.sleep(0.3), f(*b))[1]\n"
         "train.make_step = slow\n"
         "train.train(load_config(sys.argv[1:])[0], 'distilled')"

@@ -22,6 +22,21 @@ from distil_jax.models.int8 import Int8
 
 Params = dict[str, Any]
 
+# What a layer keeps for the backward pass: everything; its input alone; its input and its matrix products, so that only
+# what is cheap (norms, activations) and the attention scores are computed again.
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def checkpointed(function: Callable, remat: str, **options: Any) -> Callable:
+    """`function` under one of the policies of REMAT. Raises UserError for another name."""
+    if remat not in REMAT:
+        raise UserError(f"remat is {remat!r}; use one of {', '.join(map(repr, REMAT))}")
+    return function if remat == "none" else jax.checkpoint(function, policy=REMAT[remat], **options)
+
 
 class Weight(NamedTuple):
     """One row of a name table: a Hugging Face tensor and the parameter that holds it, read and written by the same row.
@@ -170,7 +185,7 @@ class Model:
         positions: Int[Array, "B L"] | None = None,
         attention_layers: tuple[int, ...] = (),
         observe: tuple[int, ...] = (),
-        remat: bool = False,
+        remat: str = "none",
     ):
         """Hidden states after the final norm, [B, L, D] in the dtype of the parameters.
 
@@ -179,8 +194,9 @@ class Model:
         attention_layers: indices of layers; if any, returns (hidden, {layer: float32 maps [B, H, L, L]}), where the
           rows of padding queries are zero. Only these layers hold a whole map in memory.
         observe: indices of layers instead; returns (hidden, {layer: Seen}), from which maps can be made piece by piece.
-        remat: recompute each layer in the backward pass and keep only its input.
-        Raises UserError for a layer index out of range.
+        remat: what each layer keeps for the backward pass: "none" of it is computed again; "full" keeps its input,
+          "dots" also its matrix products (REMAT).
+        Raises UserError for a layer index out of range or another remat.
         """
         count = self.config.num_hidden_layers
         if any(not 0 <= layer < count for layer in (*attention_layers, *observe)):
@@ -205,7 +221,7 @@ class Model:
             def body(x, xs):
                 return run(x, *xs)[0], None
 
-            body = jax.checkpoint(body, prevent_cse=False) if remat else body
+            body = checkpointed(body, remat, prevent_cse=False)
             span = jax.tree.map(lambda leaf: leaf[start:stop], stacked) if (start, stop) != (0, count) else stacked
             if len(kinds) == 1:
                 return jax.lax.scan(lambda x, block: body(x, (0, block)), x, span)[0]
@@ -217,7 +233,7 @@ class Model:
             if done < layer:
                 x = run_span(x, done, layer)
             one = jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked)
-            step = jax.checkpoint(run, static_argnums=(1, 3)) if remat else run
+            step = checkpointed(run, remat, static_argnums=(1, 3))
             x, (q, k) = step(x, kind_of_layer[layer], one, True)
             seen[layer] = Seen(q, k, x)
             done = layer + 1

@@ -23,6 +23,7 @@ from distil_jax.models.decoder import Model, Params
 from distil_jax.models.download import resolve
 from distil_jax.models.gemma3 import Gemma3, Gemma3Config
 from distil_jax.models.llama import Llama, LlamaConfig
+from distil_jax.models.lora import dense
 from distil_jax.models.tensors import TensorFiles, read_json, write_json, write_tensors
 
 FAMILIES = {
@@ -133,6 +134,7 @@ def save_pretrained(
     """Writes a Hugging Face directory: config.json, generation_config.json, safetensors, and the tokenizer if given.
 
     tokenizer: anything with transformers' `save_pretrained`; its bos, eos and pad ids go into both configs.
+    params: kernels in 8 bits or with an adapter are spelled out, one at a time.
     dtype: of the stored weights (None: that of the parameters). shard_bytes: largest weight file, in bytes.
     generation_config: sampling options to keep, such as those of the model it was trained from; our special ids win.
     All is written beside `directory` and renamed into place, so the final name never holds half a model; a model that
@@ -214,7 +216,7 @@ def _settle_head(model: Model, files: TensorFiles) -> Model:
 def _hf_tensors(model: Model, params: Params, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a Hugging Face file in the order of the name table; one parameter at a time is on the host."""
     for weight, leaf in shards.leaves(model):
-        value = shards.get(params, weight.path)
+        value = dense(shards.get(params, weight.path))
         if isinstance(value, jax.Array) and not value.is_fully_addressable:
             from jax.experimental import multihost_utils
 

@@ -27,13 +27,18 @@ class Int8:
         return self.values.shape
 
 
-def quantize(model: Any, params: Any) -> Any:
-    """The parameters with every kernel and embedding as `Int8`, on the devices where they are."""
+def quantize(model: Any, params: Any, *, vocabulary: bool = True) -> Any:
+    """The parameters with every kernel and embedding as `Int8`, on the devices where they are.
+
+    vocabulary: embedding and head too. The loss head differentiates by its input only through a float matrix, so the
+    base of a model that learns keeps them.
+    """
     quantized = params
     for weight in model.weights:
         array = functools.reduce(lambda tree, key: tree[key], weight.path, params)
         if weight.path in (("embedding",), ("lm_head",)):
-            quantized = _with(quantized, weight.path, _quantize(array, (1,)))
+            if vocabulary:
+                quantized = _with(quantized, weight.path, _quantize(array, (1,)))
         elif weight.inputs:
             quantized = _with(quantized, weight.path, _quantize(array, tuple(range(1, 1 + weight.inputs))))
     return quantized
@@ -46,6 +51,12 @@ def cast(params: Any, dtype) -> Any:
         params,
         is_leaf=lambda leaf: isinstance(leaf, Int8),
     )
+
+
+def dequantize(kernel: Int8) -> Array:
+    """The array that `kernel` stands for, float32. The axes without a scale are those after the first."""
+    missing = kernel.values.ndim - kernel.scale.ndim
+    return kernel.values.astype(jnp.float32) * jnp.expand_dims(kernel.scale, tuple(range(1, 1 + missing)))
 
 
 @functools.partial(jax.jit, static_argnums=1)

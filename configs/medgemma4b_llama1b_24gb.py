@@ -1,0 +1,113 @@
+"""MedGemma 4B teaches Llama 3.2 1B on one GPU of 24 GB: the teacher in 8 bits, low-rank adapters on the student.
+
+    distil-jax run --config configs/medgemma4b_llama1b_24gb.py --config.data.files=train.jsonl
+
+Fetches both models from the hub (11 GB; both licences have to be accepted there first), or takes directories:
+
+    distil-jax run --config configs/medgemma4b_llama1b_24gb.py --config.data.files=train.jsonl \\
+        --config.teacher.path=DIR --config.student.path=DIR
+
+data.files is yours to give: JSONL, Parquet or CSV with prompt and completion (docs/tiny_corpus.md). The memory of each
+step was computed by compilation (bench/recipe_memory.py; the table is in docs/recipes.md). It has not been run on a
+GPU, and its learning rates were not tuned.
+
+It prints, and writes to summary.json and report/index.html, bits per byte, token accuracy and agreement with the
+teacher of the teacher, the untouched student and each trained one, with their intervals (docs/recipes.md).
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 0  # of the order of the data, of the adapters, and of the fit of W
+    c.workdir = "work/medgemma4b_llama1b_24gb"  # everything a run writes
+    c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: whatever the other axes leave
+
+    c.data = ConfigDict()
+    c.data.files = ""  # your JSONL, Parquet or CSV files, separated by commas; empty: the Human Phenotype Ontology
+    c.data.student_length = 1024  # tokens in a packed row
+    c.data.teacher_length = 1024
+    c.data.rows_per_shard = 2048
+
+    c.teacher = ConfigDict()
+    c.teacher.path = "google/medgemma-4b-it"  # a hub id or a Hugging Face directory
+    c.teacher.licence = ""  # of the model at path, as docs/export.md names them; empty: recognised
+    c.teacher.dtype = "int8"  # of the frozen parameters while it teaches: 3.9 GB, where bfloat16 takes 7.8
+    c.teacher.adapt = False  # it teaches as it came: training 4 billion parameters does not fit here
+    c.teacher.training = training(steps=1000, learning_rate=1e-5)  # of adapt alone
+
+    c.student = ConfigDict()
+    c.student.path = "meta-llama/Llama-3.2-1B"
+    c.student.licence = ""
+    c.student.training = training(steps=1000, learning_rate=2e-4)
+    # Low-rank adapters learn in place of the student's parameters, which stay as they are.
+    c.student.lora = ConfigDict()
+    c.student.lora.rank = 64  # 0: none, all parameters learn, which does not fit here (docs/recipes.md)
+    c.student.lora.alpha = 64.0  # the update of a kernel is alpha / rank times a b
+    c.student.lora.targets = "layers.attention,layers.mlp"  # kernels, or what holds them, separated by commas
+    c.student.lora.dtype = "bfloat16"  # of the frozen parameters; float32, or int8 for their kernels
+
+    c.projection = ConfigDict()
+    c.projection.size = 8  # student tokens that one teacher token may become
+    c.projection.prior = 1.0  # observations that the first piece is worth beside the counts
+    c.projection.fit_rows = 64  # packed training rows whose positions W is fitted on
+    c.projection.fit_top = 32  # of the teacher's tokens at each position
+    c.projection.fit_steps = 100
+    c.projection.fit_learning_rate = 0.05
+    c.projection.fit_keep = 0.1  # weight of KL(W || W as built)
+
+    # sum_n w_n (alpha_n CE_n + (1 - alpha_n) tau^2 KL_n) / sum_n w_n
+    c.objective = ConfigDict()
+    c.objective.alpha = schedule("constant", 0.5, 0.5)  # share of cross-entropy where the teacher has something to say
+    c.objective.temperature = schedule("constant", 1.0, 1.0)
+    c.objective.specialty_weighting = "given"  # or "inverse_frequency", or "dro": driven by each specialty's loss
+    c.objective.dro_rate = 0.01  # of "dro" alone: a loss one nat higher gains this much log weight a step
+    c.objective.specialty_weights = ""  # "cardiology=1.2,radiology=1.0"; 1 where a specialty is not named
+    c.objective.label_smoothing = 0.1  # of the smoothing control alone
+    c.objective.block = 512  # tokens whose logits exist at one time: 0.8 GB for both vocabularies in float32
+
+    c.runs = ("control", "distilled")  # students to train, of control, smoothing, distilled
+
+    c.evaluation = ConfigDict()
+    c.evaluation.batch_size = 4
+    c.evaluation.rows = 64  # packed test rows that are scored, spread over the split; 0: all
+    c.evaluation.curve_rows = 16  # validation rows behind the curve of the report
+    c.evaluation.bootstrap = 2000  # resamples of documents behind each interval
+    c.evaluation.answers = 4  # held-out questions answered by each model in the report
+    c.evaluation.answer_tokens = 48
+
+    c.export = ConfigDict()
+    c.export.dtype = "bfloat16"  # of the stored weights
+    c.export.name = ""  # of the model and its folder; empty: that of the work folder, as the licences allow
+    c.export.licence_files = ""  # texts that the models' folders lack, separated by commas
+    c.export.push_to = ""  # "owner/name" on the Hugging Face hub; empty: nowhere
+    c.export.private = True  # of the repository that a push makes
+    return c.lock()
+
+
+def training(steps: int, learning_rate: float) -> ConfigDict:
+    """How one model is trained. 80 rows of 1,024 tokens an update, as in the paper, in pieces that fit."""
+    t = ConfigDict()
+    t.steps = steps
+    t.batch_size = 80  # packed rows, over all devices
+    t.accumulate = 20  # pieces that the batch is taken in, one after the other: less memory, the same numbers
+    t.learning_rate = learning_rate  # peak; warm-up, then a cosine
+    t.warmup = 50
+    t.end_fraction = 0.1  # of the peak, at the last step
+    t.weight_decay = 0.01
+    t.clip = 1.0  # global gradient norm, over the parameters that learn
+    t.freeze = ""  # parameters that stay as they are: "embedding", or dotted paths separated by commas
+    t.ema = 0.0  # decay of a running average of the parameters, which is then evaluated and kept; 0: none
+    t.compute_dtype = "bfloat16"
+    t.remat = "full"  # what is computed again in the backward pass: none, dots (all but matrix products), full (all)
+    t.log_every = 5
+    t.evaluate_every = 100
+    t.checkpoint_every = 100
+    t.max_skipped = 5  # updates with a loss or gradient that is not finite, before the run stops
+    return t
+
+
+def schedule(kind: str, start: float, end: float) -> ConfigDict:
+    """From start to end over the run: constant, linear, cosine or exponential."""
+    return ConfigDict({"kind": kind, "start": start, "end": end})
