@@ -19,7 +19,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from distil_jax import freezing, learners, sharding
+from distil_jax import freezing, learners, sharding, variants
 from distil_jax.checkpoint import Checkpoints, on_sigterm
 from distil_jax.data.loader import Loader
 from distil_jax.errors import UserError
@@ -53,18 +53,21 @@ def main(config: ConfigDict) -> dict[str, Any]:
 
 
 def train(config: ConfigDict, name: str) -> dict[str, Any]:
-    """One run, "teacher", "control", "smoothing" or "distilled"; returns its manifest."""
+    """One run, "teacher", "control", "smoothing", "distilled" or a variant; returns its manifest."""
     work = Workdir(config)
     if found := work.done(name):
         return found
     corpus = work.require("corpus")
     stage = work.begin(name)
+    config = variants.applied(config, name)
 
     # ---- models -------------------------------------------------------------------------------------------------
     mesh = learners.mesh_of(config)
     with jax.set_mesh(mesh):
         run = run_of(config, name)
-        check_frozen(work)
+        unrecorded = Workdir(ConfigDict(work.config.to_dict()))  # to check a key is not to read it
+        check_frozen(unrecorded)
+        check_objectives(unrecorded, corpus)
         model, params = learners.untrained(work, run.side, mesh)
         tables = learners.tables_of(work)
         objective, frozen = recipe(config, work, run, model, mesh, corpus, tables)
@@ -150,12 +153,9 @@ def recipe(config, work, run, model, mesh, corpus, tables) -> tuple[Objective, F
     common = {"block": o.block, "compute_dtype": t.compute_dtype, "remat": t.remat, "mesh": mesh}
     if run.side == "teacher":
         return Objective(model, "teacher", **common), Frozen(jnp.ones(1))
-    names = corpus["specialties"]
-    weights = specialty_weights(
-        o.specialty_weighting, parse_weights(o.specialty_weights), names, corpus["supervised_tokens"]
-    )
-    smoothing = o.label_smoothing if run.name == "smoothing" else 0.0
-    if run.name != "distilled":
+    weights = weights_of(o, corpus)
+    if run.name in variants.UNTAUGHT:
+        smoothing = o.label_smoothing if run.name == "smoothing" else 0.0
         return Objective(model, label_smoothing=smoothing, **common), Frozen(jnp.asarray(weights))
     work.require("projection")
     teacher, teacher_params = learners.teacher(work, mesh, config.teacher.dtype)
@@ -166,17 +166,35 @@ def recipe(config, work, run, model, mesh, corpus, tables) -> tuple[Objective, F
         over_shards = NamedSharding(mesh, PartitionSpec(shards.axes))
         table = jax.device_put(table, over_shards)
         rows = jax.jit(rows_of, out_shardings=over_shards)(teacher.unembedding(teacher_params), table)
-    objective = Objective(
-        model,
-        teacher=teacher,
-        alpha=schedule(o.alpha.kind, o.alpha.start, o.alpha.end, t.steps),
-        temperature=schedule(o.temperature.kind, o.temperature.start, o.temperature.end, t.steps),
-        divergence=checked(o.divergence),
-        skew=o.skew,
-        top_k=o.top_k,
-        **common,
-    )
+    objective = Objective(model, teacher=teacher, **teaching(o, t.steps), **common)
     return objective, Frozen(jnp.asarray(weights), teacher_params, table, rows)
+
+
+def teaching(o: ConfigDict, steps: int) -> dict[str, Any]:
+    """What the objective of a taught run says about its teacher."""
+    return {
+        "alpha": schedule(o.alpha.kind, o.alpha.start, o.alpha.end, steps),
+        "temperature": schedule(o.temperature.kind, o.temperature.start, o.temperature.end, steps),
+        "divergence": checked(o.divergence),
+        "skew": o.skew,
+        "top_k": o.top_k,
+    }
+
+
+def weights_of(o: ConfigDict, corpus: dict[str, Any]) -> np.ndarray:
+    """The weight of each specialty of the corpus, [S]."""
+    given = parse_weights(o.specialty_weights)
+    return specialty_weights(o.specialty_weighting, given, corpus["specialties"], corpus["supervised_tokens"])
+
+
+def check_objectives(work: Workdir, corpus: dict[str, Any]) -> None:
+    """Raises UserError now for an objective that a later run would stumble over."""
+    for name in variants.taught(work.config.runs):
+        o = variants.applied(work.config, name).objective
+        try:
+            teaching(o, work.config.student.training.steps), weights_of(o, corpus)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
 
 
 def check_frozen(work: Workdir) -> None:
