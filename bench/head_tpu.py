@@ -72,7 +72,7 @@ def report(title: str, form, on: Mesh, tokens: int, chip: str) -> None:
     rows = max(1, tokens // ROW)
     shards = Shards.of(on)
     entries = int(VT * SUPPORT)
-    per_shard = -(-int(entries * 1.1) // shards.size // 128) * 128  # 10 % for the fullest shard
+    per_shard = -(-entries // shards.size // 128) * 128
 
     def shape(dims, dtype, *spec):
         return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(on, PartitionSpec(*spec)))
@@ -81,11 +81,13 @@ def report(title: str, form, on: Mesh, tokens: int, chip: str) -> None:
     if shards.size == 1:
         head_rows = VT
         ints = (shape((entries,), jnp.int32), shape((entries,), jnp.int32))
-        table = ProjectionTable(*ints, shape((entries,), jnp.float32), shape((VT,), jnp.bool_))
+        table = ProjectionTable(*ints, shape((entries,), jnp.float32), shape((VT,), jnp.bool_), ints[0])
     else:
         head_rows = per_shard * shards.size
         one = lambda dtype: shape((head_rows,), dtype, cut)  # noqa: E731
-        table = PlacedTable(one(jnp.int32), one(jnp.int32), one(jnp.float32), one(jnp.bool_))
+        table = PlacedTable(
+            one(jnp.int32), one(jnp.int32), one(jnp.float32), one(jnp.bool_), one(jnp.int32), shape((256,), jnp.int32)
+        )
     arguments = (
         shape((rows, ROW, DS), jnp.bfloat16, batch),
         shape((VS, DS), jnp.bfloat16, "tensor", "fsdp"),

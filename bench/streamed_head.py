@@ -23,7 +23,9 @@ def main(tokens: int = 4096, Vt: int = 16_384, Vs: int = 8192, Dt: int = 256, Ds
     teacher_hidden, Et = normal(1, tokens, Dt), normal(Vt, Dt)
     labels = jnp.asarray(rng.integers(0, Vs, (1, tokens)), jnp.int32)
     students = np.sort(rng.integers(0, Vs, Vt))
-    table = ProjectionTable(jnp.arange(Vt), jnp.asarray(students, jnp.int32), jnp.ones(Vt), jnp.ones(Vt, bool))
+    table = ProjectionTable(
+        jnp.arange(Vt), jnp.asarray(students, jnp.int32), jnp.ones(Vt), jnp.ones(Vt, bool), jnp.arange(Vt)
+    )
     weight = jnp.full((1, tokens), 0.5 / tokens)
 
     def streamed(hidden, E):

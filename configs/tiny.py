@@ -99,6 +99,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.objective.divergence = "forward"  # KL(teacher || student); also reverse, skewed_forward, skewed_reverse, jsd
     c.objective.skew = 0.1  # share of the teacher in the mixture of the last three (0.5 is usual for jsd)
     c.objective.top_k = 0  # of the teacher's tokens that are projected, the others as one remainder; 0: all of them
+    c.objective.learn_projection = False  # W learns through the loss too (docs/projection.md says why it should not)
+    c.objective.projection_learning_rate = 0.01  # of W's logits, at the peak
+    c.objective.projection_keep = 0.1  # lambda of |W - W0|^2
     c.objective.specialty_weighting = "given"  # or "inverse_frequency"
     c.objective.specialty_weights = ""  # "cardiology=1.2,radiology=1.0"; 1 where a specialty is not named
     c.objective.label_smoothing = 0.1  # of the smoothing control alone

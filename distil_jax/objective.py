@@ -1,6 +1,6 @@
 """The whole loss of a batch: from the models' parameters to one scalar.
 
-    sum_n w_n (alpha_n CE_n + (1 - alpha_n) tau^2 D_n) / sum_n w_n
+    sum_n w_n (alpha_n CE_n + (1 - alpha_n) tau^2 D_n) / sum_n w_n + lambda |W - W0|^2
 
 over the supervised tokens n of the batch. `w_n` is the weight of the token's specialty. `alpha_n` is per position:
 where the teacher says nothing about the student's token (no shared boundary) cross-entropy carries the whole weight,
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from distil_jax.freezing import merge
 from distil_jax.losses import head
-from distil_jax.losses.kd import PlacedTable, ProjectionTable
+from distil_jax.losses.kd import PlacedTable, ProjectionRows, ProjectionTable, row_softmax, with_weights
 from distil_jax.losses.schedules import Schedule
 from distil_jax.models.int8 import cast
 from distil_jax.tokens.align import ROOT
@@ -32,6 +32,7 @@ class Frozen(NamedTuple):
     specialty_weights_S: Float[Array, " S"]
     teacher: Any = None  # parameters of the teacher
     projection: ProjectionTable | PlacedTable | None = None
+    rows: ProjectionRows | None = None  # of W as it was before the run, where W learns
     teacher_rows: Any = None  # kd.rows_of the teacher's head, where the vocabulary is spread; None: the head itself
     own: Any = None  # the frozen part of the learning model's parameters (freezing.py); None: all of it learns
 
@@ -49,6 +50,7 @@ class Objective:
     skew: float = 0.1
     top_k: int = 0  # of the teacher's tokens, with a remainder; 0: all of them
     label_smoothing: float = 0.0
+    keep: float = 0.0  # lambda of |W - W0|^2, where W learns
     block: int = 0
     compute_dtype: str = "float32"
     remat: bool = False
@@ -58,8 +60,8 @@ class Objective:
 class Loss:
     """`loss(params, frozen, batch, step) -> (scalar, metrics)`; a metric is (sum, count) over the global batch.
 
-    `params` is what learns, by part: {"model": parameters of the learning model}. With `frozen.own` that makes the
-    whole model.
+    `params` is what learns, by part. "model": parameters of the learning model; with `frozen.own` they make the whole
+    model. "projection", where W learns: the logits of its rows, [Vt, k].
     """
 
     def __init__(self, objective: Objective):
@@ -94,7 +96,11 @@ class Loss:
         teacher_hidden, teacher_unembedding = self._hidden(o.teacher, frozen.teacher, batch, "teacher")
         at = batch["teacher_position"][..., None]
         rows = teacher_unembedding if frozen.teacher_rows is None else cast(frozen.teacher_rows, teacher_hidden.dtype)
-        teacher = head.Teacher(jnp.take_along_axis(teacher_hidden, at, axis=1), rows, frozen.projection)
+        projection, drift = frozen.projection, None
+        if "projection" in params:
+            W = row_softmax(params["projection"], frozen.rows.ids)
+            projection, drift = with_weights(projection, W), jnp.sum((W - frozen.rows.weights) ** 2)
+        teacher = head.Teacher(jnp.take_along_axis(teacher_hidden, at, axis=1), rows, projection)
         value, out = head.distill(
             hidden, unembedding, labels, weights * alpha_BxL,
             teacher=teacher, kl_weights_BxL=weights * (1 - alpha_BxL), temperature=temperature,
@@ -102,7 +108,11 @@ class Loss:
         )  # fmt: skip
         metrics = _metrics(batch, o.side, out, taught, frozen)
         one = jnp.float32(1)
-        return value, metrics | {"alpha": (alpha, one), "temperature": (temperature, one)}
+        metrics |= {"alpha": (alpha, one), "temperature": (temperature, one)}
+        if drift is not None:  # a piece of a batch adds its share, so that pieces add up
+            value += o.keep * drift * jnp.sum(weights)
+            metrics["projection_drift"] = (drift, one)
+        return value, metrics
 
     def _weights(self, frozen: Frozen, batch: Batch) -> Float[Array, "B L"]:
         """The weight of each token, before it is divided by their sum."""

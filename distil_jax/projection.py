@@ -27,11 +27,18 @@ from safetensors.numpy import save_file
 
 from distil_jax.errors import UserError
 from distil_jax.eval import bootstrap
-from distil_jax.losses.kd import ProjectionTable, project, teacher_logits
+from distil_jax.losses.kd import (
+    EMPTY,
+    ProjectionRows,
+    ProjectionTable,
+    project,
+    row_log_softmax,
+    row_softmax,
+    teacher_logits,
+)
 from distil_jax.tokens.align import ROOT, align
 from distil_jax.tokens.bytes import ByteTable, first_pieces
 
-EMPTY = -1
 FILE = "projection.safetensors"
 
 
@@ -96,7 +103,7 @@ class Projection:
 
     def weights(self) -> Float[np.ndarray, "Vt k"]:
         """The rows as probabilities; 0 at empty places."""
-        return np.asarray(_row_softmax(jnp.asarray(self.logits), jnp.asarray(self.ids)))
+        return np.asarray(row_softmax(jnp.asarray(self.logits), jnp.asarray(self.ids)))
 
     def table(self) -> ProjectionTable:
         """W as the sorted entry list that the loss heads stream."""
@@ -109,7 +116,12 @@ class Projection:
             jnp.asarray(students[order]),
             jnp.asarray(weights[order], jnp.float32),
             jnp.asarray(self.mapped),
+            jnp.asarray((rows * self.ids.shape[1] + slots)[order], jnp.int32),
         )
+
+    def rows(self) -> ProjectionRows:
+        """W as its rows, for a teacher that names its tokens."""
+        return ProjectionRows(jnp.asarray(self.ids), jnp.asarray(self.weights()))
 
     def best(self) -> Int[np.ndarray, " Vt"]:
         """The likeliest student token of each teacher token as built from bytes and counts; -1 without one."""
@@ -147,15 +159,15 @@ class Projection:
         batch_size = min(batch_size, N)
 
         def nats(logits, top_ids, top_probs, targets):
-            rows = _row_softmax(logits[top_ids], ids[top_ids])
+            rows = row_softmax(logits[top_ids], ids[top_ids])
             hit = ids[top_ids] == targets[:, None, None]
             mass = jnp.sum(top_probs[..., None] * rows * hit, axis=(1, 2))
             return -jnp.mean(jnp.log(jnp.maximum(mass, 1e-6)))
 
         def loss(logits, top_ids, top_probs, targets):
             rows, built = (
-                _row_log_softmax(logits[top_ids], ids[top_ids]),
-                _row_log_softmax(start[top_ids], ids[top_ids]),
+                row_log_softmax(logits[top_ids], ids[top_ids]),
+                row_log_softmax(start[top_ids], ids[top_ids]),
             )
             kl = jnp.sum(jnp.exp(rows) * (rows - built) * (ids[top_ids] != EMPTY), axis=-1)
             drift = jnp.mean(jnp.sum(top_probs * kl, axis=-1))
@@ -322,12 +334,3 @@ def _measures(student_vocab, hidden_NxDt, teacher_targets, student_targets, unem
         "teacher": nats_of(q, teacher_targets),
         "projected": nats_of(p, student_targets),
     }
-
-
-def _row_log_softmax(logits: jax.Array, ids: jax.Array) -> jax.Array:
-    return jax.nn.log_softmax(jnp.where(ids == EMPTY, jnp.float32(-1e9), logits), axis=-1)
-
-
-def _row_softmax(logits: jax.Array, ids: jax.Array) -> jax.Array:
-    """Softmax over the filled places of each row; 0 at empty ones, also in a row that is wholly empty."""
-    return jnp.where(ids == EMPTY, 0.0, jnp.exp(_row_log_softmax(logits, ids)))

@@ -1,5 +1,6 @@
 """One update of the learning model: gradient, guard, optimiser. Jitted once, run many times."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,20 +15,36 @@ State = dict[str, Any]  # params (by part, see objective.Loss), opt_state, step,
 
 
 def make_optimizer(
-    learning_rate: Schedule, *, weight_decay: float, clip: float, b1: float = 0.9, b2: float = 0.95
+    learning_rate: Schedule,
+    *,
+    weight_decay: float,
+    clip: float,
+    projection_rate: float = 1.0,
+    b1: float = 0.9,
+    b2: float = 0.95,
 ) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm; vectors and norm scales (rank below 2, or "scale") are not decayed."""
+    """AdamW after clipping by the global norm; vectors and norm scales (rank below 2, or "scale") are not decayed.
+
+    A W that learns moves at `projection_rate` times the learning rate, and what holds it is |W - W0|^2 and no decay.
+    """
 
     def decayed(params):
         return jax.tree_util.tree_map_with_path(
-            lambda path, p: p.ndim >= 2 and "scale" not in jax.tree_util.keystr(path), params
+            lambda path, p: p.ndim >= 2 and not re.search(r"scale|^\['projection'\]", jax.tree_util.keystr(path)),
+            params,
         )
+
+    def at_own_rate(updates, params):
+        if "projection" not in updates:
+            return updates
+        return updates | {"projection": projection_rate * updates["projection"]}
 
     return optax.chain(
         optax.clip_by_global_norm(clip),
         optax.scale_by_adam(b1=b1, b2=b2, eps=1e-8),
         optax.add_decayed_weights(weight_decay, mask=decayed),
         optax.scale_by_learning_rate(learning_rate),
+        optax.stateless(at_own_rate),
     )
 
 

@@ -41,7 +41,10 @@ READS: dict[str, tuple[str, ...]] = {
     "report": (),
 }
 # What a stage leaves unread of that. A key that is new stands in every key until it is named here.
-TEACHING = tuple(f"objective.{key}" for key in ("alpha", "temperature", "divergence", "skew", "top_k"))
+TEACHING = (
+    *("objective.alpha", "objective.temperature", "objective.divergence", "objective.skew", "objective.top_k"),
+    *("objective.learn_projection", "objective.projection_learning_rate", "objective.projection_keep"),
+)
 UNREAD: dict[str, tuple[str, ...]] = {
     "control": (*TEACHING, "objective.label_smoothing"),
     "smoothing": TEACHING,

@@ -84,7 +84,7 @@ def test_generation_and_heads_take_them_on_a_mesh_too(case):
     hidden = jnp.asarray(rng.normal(size=(8, 4, 32)), jnp.float32)
     E = jnp.asarray(rng.normal(size=(50, 32)), jnp.float32)
     labels, weights = jnp.asarray(rng.integers(0, 50, (8, 4))), jnp.ones((8, 4))
-    table = ProjectionTable(jnp.arange(50), jnp.arange(50), jnp.ones(50), jnp.ones(50, bool))
+    table = ProjectionTable(jnp.arange(50), jnp.arange(50), jnp.ones(50), jnp.ones(50, bool), jnp.arange(50))
 
     def loss(hidden, E, params, mesh):
         placed_table = kd.place(table, Shards.of(mesh))

@@ -7,7 +7,7 @@ import pytest
 
 from distil_jax import sharding
 from distil_jax.errors import UserError
-from distil_jax.losses.kd import ProjectionTable, place, rows_of
+from distil_jax.losses.kd import ProjectionRows, ProjectionTable, place, rows_of
 from distil_jax.losses.schedules import learning_rate, schedule
 from distil_jax.losses.vocabulary import Shards
 from distil_jax.losses.weights import parse_weights, specialty_weights
@@ -57,10 +57,11 @@ def frozen(models):
     W = np.zeros((VT, VS))
     for v in range(VT):
         W[v, r.choice(VS, 2, replace=False)] = r.dirichlet([1, 1])
-    t, s = np.nonzero(W)
+    t, s = np.nonzero(W)  # two entries a row
     o = np.argsort(s, kind="stable")
-    table = ProjectionTable(jnp.int32(t[o]), jnp.int32(s[o]), jnp.float32(W[t, s][o]), jnp.ones(VT, bool))
-    return Frozen(jnp.float32([0.5, 1.0, 1.5]), models[3], table), W
+    rows = ProjectionRows(jnp.int32(s.reshape(VT, 2)), jnp.float32(W[t, s].reshape(VT, 2)))
+    table = ProjectionTable(jnp.int32(t[o]), jnp.int32(s[o]), jnp.float32(W[t, s][o]), jnp.ones(VT, bool), jnp.int32(o))
+    return Frozen(jnp.float32([0.5, 1.0, 1.5]), models[3], table, rows), W
 
 
 def distilling(models, **options):
@@ -116,6 +117,29 @@ def test_the_gradient_equals_finite_differences(models, batch, frozen):
     e = 1e-3
     moved = [value(jax.tree.map(lambda p, d, step=step: p + step * d, params, direction)) for step in (e, -e)]
     assert float(along) == pytest.approx(float(moved[0] - moved[1]) / (2 * e), rel=2e-2)
+
+
+def test_a_w_that_learns_starts_at_w0_and_is_held_there(models, batch, frozen):
+    """At W0 the loss is that of a fixed W; elsewhere lambda |W - W0|^2 is added; its rate and decay are its own."""
+    f, W = frozen
+    params = {"model": models[1]}
+    fixed = float(distilling(models)(params, f, batch, jnp.int32(3))[0])
+    logits = jnp.log(f.rows.weights)
+    same, metrics = distilling(models, keep=5.0)(params | {"projection": logits}, f, batch, jnp.int32(3))
+    assert float(same) == pytest.approx(fixed, rel=1e-6) and float(metrics["projection_drift"][0]) < 1e-10
+
+    moved = params | {"projection": logits + jnp.float32([1.0, 0.0])[None]}
+    free, held = (float(distilling(models, keep=k)(moved, f, batch, jnp.int32(3))[0]) for k in (0.0, 5.0))
+    w = np.asarray(f.rows.weights, np.float64) * [np.e, 1]
+    drift = ((w / w.sum(1, keepdims=True) - np.asarray(f.rows.weights)) ** 2).sum()
+    assert held - free == pytest.approx(5 * drift, rel=1e-4) and free != pytest.approx(fixed, rel=1e-5)
+
+    rate = learning_rate(1e-2, 1, 10, 0.1)
+    optimizer = make_optimizer(rate, weight_decay=0.5, clip=1e9, projection_rate=3.0)
+    state = init_state(jax.tree.map(jnp.copy, moved), optimizer)
+    state, _ = make_step(Loss(distilling(models, keep=5.0).objective), optimizer, rate)(state, f, batch)
+    change = np.asarray(state["params"]["projection"]) - np.asarray(moved["projection"])
+    assert np.abs(change).max() == pytest.approx(3 * float(rate(0)), rel=1e-3)  # Adam's first step, no decay in it
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])

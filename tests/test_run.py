@@ -1,5 +1,6 @@
 """The walk through the whole house: text in, a distilled student out, on real medical definitions at toy size."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -490,3 +491,33 @@ def test_the_exported_student_answers_by_its_config(finished, capsys):
         capsys.readouterr().out
         == dj.generate(model, params, summary["export"], ["Question: What"], max_new_tokens=5)[0] + "\n"
     )
+
+
+def widen(work):
+    """Gives every teacher token of W a second student token: at this size the corpus shows just one."""
+    W = Projection.load(work / "projection", **learners.tables_of(work))
+    assert (W.ids[:, 1:] < 0).all()
+    ids, logits = W.ids.copy(), W.logits.copy()
+    ids[:, 1] = np.where(W.mapped, (ids[:, 0] + 7) % W.student_vocab, -1)
+    logits[:, 1] = logits[:, 0] - 1
+    dataclasses.replace(W, ids=ids, logits=logits, start_logits=logits).save(work / "projection")
+
+
+def test_w_learns_and_the_vocabularies_are_spread(finished, tmp_path):
+    """The distilled run again with W in the loss, on a mesh that cuts both vocabularies and on one that cuts none."""
+    config, *_ = finished
+    lines = {}
+    for name, mesh in (("cut", {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}), ("whole", {})):
+        folder = tmp_path / name
+        shutil.copytree(config.workdir, folder, ignore=shutil.ignore_patterns("distilled", "export", "report"))
+        widen(Workdir(config_of(folder, config.data.files)))
+        learning = {"objective.learn_projection": True, "student.training.steps": 4} | mesh
+        again = config_of(folder, config.data.files, **learning)
+        train.train(again, "distilled")
+        logged = [m for m in read_metrics(folder / "distilled" / "metrics.jsonl") if "loss" in m]
+        lines[name], drift = [m["loss"] for m in logged], logged[-1]["projection_drift"]
+    np.testing.assert_allclose(lines["cut"], lines["whole"], rtol=2e-5)
+    tables = learners.tables_of(Workdir(again))
+    before, after = (Projection.load(folder / at, **tables) for at in ("projection", "distilled/projection"))
+    moved = np.sum((after.weights() - before.weights()) ** 2)
+    assert moved > drift > 0  # it is logged before the last update

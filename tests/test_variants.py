@@ -119,6 +119,8 @@ RUNS = "control,smoothing,distilled,kd,temperature,specialty"
         ({"objective.divergence": "jsd"}, TAUGHT | LATER),
         ({"objective.top_k": 64}, TAUGHT | LATER),
         ({"objective.skew": 0.2}, TAUGHT | LATER),
+        ({"objective.learn_projection": True}, TAUGHT | LATER),
+        ({"objective.projection_keep": 0.2}, TAUGHT | LATER),
         ({"teacher.dtype": "bfloat16"}, TAUGHT | LATER),
         ({"objective.label_smoothing": 0.2}, {"smoothing", *LATER}),
         ({"objective.specialty_weights": "other=2"}, STUDENTS - {"specialty"} | LATER),

@@ -39,11 +39,12 @@ def divergence(
     rest_N: Float[Array, " N"] | None = None,
     text_vocab: int | None = None,
     shards: Shards = Shards(),  # noqa: B008
-) -> tuple[Float[Array, " N"], Float[Array, "V N"]]:
-    """`D(p, softmax(z / tau))` of each column in nats, and its gradient with respect to `z`.
+) -> tuple[Float[Array, " N"], Float[Array, "V N"], Float[Array, "V N"]]:
+    """`D(p, softmax(z / tau))` of each column in nats, and its gradients with respect to `z` and `p`.
 
     p: the projected teacher at the same temperature; it need not sum to exactly 1 in float32, the gradient allows for
-      it. rest_N: the mass of p that is left outside its support, compared as one cell with what the student puts there.
+      it. rest_N: the mass of p that is left outside its support, compared as one cell with what the student puts there;
+      the gradient with respect to p takes it to be given.
     z: logits of this device's rows, `vocabulary.LOWEST` where a row is no token. text_vocab: how many rows are.
 
     Callers multiply by tau^2, so that the gradient keeps its size as tau changes (Hinton et al., section 2).
@@ -52,19 +53,19 @@ def divergence(
     log_s = jnp.maximum(scaled - shards.log_sum_exp(scaled)[None], LOWEST)
     s = jnp.exp(log_s)
     uniform = 1.0 / (text_vocab or p_VxN.shape[0] * shards.size)
-    f, sg = _cells(kind, skew, p_VxN, s, log_s, uniform)
+    f, sg, d_p = _cells(kind, skew, p_VxN, s, log_s, uniform)
     if rest_N is None:
         value_N, inner_N = shards.sum(jnp.stack([jnp.sum(f, axis=0), jnp.sum(sg, axis=0)]))
-        return value_N, (sg - s * inner_N[None]) / temperature
+        return value_N, (sg - s * inner_N[None]) / temperature, d_p
     reached = p_VxN > 0
     s_rest_N, value_N, inner_N, count_N = shards.sum(
         jnp.stack([jnp.sum(jnp.where(on, x, 0), axis=0) for on, x in _sums(reached, s, f, sg)])
     )
     s_rest_N = jnp.maximum(s_rest_N, jnp.finfo(jnp.float32).tiny)
-    f_rest, sg_rest = _cells(kind, skew, rest_N, s_rest_N, jnp.log(s_rest_N), 1 - count_N * uniform)
+    f_rest, sg_rest, _ = _cells(kind, skew, rest_N, s_rest_N, jnp.log(s_rest_N), 1 - count_N * uniform)
     # Inside the remainder the student is free: its tokens share the cell's gradient as they share its mass.
     sg = jnp.where(reached, sg, s * (sg_rest / s_rest_N)[None])
-    return value_N + f_rest, (sg - s * (inner_N + sg_rest)[None]) / temperature
+    return value_N + f_rest, (sg - s * (inner_N + sg_rest)[None]) / temperature, d_p
 
 
 def _sums(reached: Bool[Array, "V N"], s: Array, f: Array, sg: Array):
@@ -72,24 +73,28 @@ def _sums(reached: Bool[Array, "V N"], s: Array, f: Array, sg: Array):
     return (~reached, s), (reached, f), (reached, sg), (reached, jnp.ones_like(s))
 
 
-def _cells(kind: str, skew: float, p: Array, s: Array, log_s: Array, uniform: float | Array) -> tuple[Array, Array]:
-    """`f(p, s)` of every cell and `s df/ds`, which is what a softmax passes on. Both are 0 where p and s are."""
+def _cells(kind: str, skew: float, p: Array, s: Array, log_s: Array, uniform: float | Array) -> tuple[Array, ...]:
+    """`f(p, s)` of every cell, `s df/ds`, which is what a softmax passes on, and `df/dp`. The first two are 0 where p
+    and s are."""
     if kind == "forward":
-        return p * (_log(p) - log_s), -p
+        f_per_p = _log(p) - log_s
+        return p * f_per_p, -p, f_per_p + 1
     if kind == "reverse":
-        f = s * (log_s - jnp.log((1 - UNIFORM) * p + UNIFORM * uniform))
-        return f, f + s
+        mixed = (1 - UNIFORM) * p + UNIFORM * uniform
+        f = s * (log_s - jnp.log(mixed))
+        return f, f + s, -(1 - UNIFORM) * s / mixed
     if kind == "skewed_forward":
         m = skew * p + (1 - skew) * s
-        return p * (_log(p) - _log(m)), -(1 - skew) * p * _ratio(s, m)
+        f_per_p = _log(p) - _log(m)
+        return p * f_per_p, -(1 - skew) * p * _ratio(s, m), f_per_p + 1 - skew * _ratio(p, m)
     if kind == "skewed_reverse":
         m = (1 - skew) * p + skew * s
         f = s * (log_s - _log(m))
-        return f, f + s * (1 - skew * _ratio(s, m))
+        return f, f + s * (1 - skew * _ratio(s, m)), -(1 - skew) * _ratio(s, m)
     if kind == "jsd":
         m = skew * p + (1 - skew) * s
-        student = (1 - skew) * s * (log_s - _log(m))
-        return skew * p * (_log(p) - _log(m)) + student, student
+        from_teacher, from_student = skew * (_log(p) - _log(m)), (1 - skew) * s * (log_s - _log(m))
+        return p * from_teacher + from_student, from_student, from_teacher
     raise ValueError(f"divergence {kind!r} is not one of {', '.join(KINDS)}")
 
 
@@ -98,6 +103,6 @@ def _log(x: Array) -> Array:
     return jnp.log(jnp.where(x > 0, x, 1.0))
 
 
-def _ratio(s: Array, m: Array) -> Array:
-    """s / m, and 0 where m is 0."""
-    return jnp.where(m > 0, s / jnp.where(m > 0, m, 1.0), 0.0)
+def _ratio(a: Array, m: Array) -> Array:
+    """a / m, and 0 where m is 0."""
+    return jnp.where(m > 0, a / jnp.where(m > 0, m, 1.0), 0.0)

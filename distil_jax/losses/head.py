@@ -29,8 +29,6 @@ from distil_jax.losses.vocabulary import Shards, text_rows
 from distil_jax.models.layers import unembed
 from distil_jax.sharding import BATCH_AXES
 
-NONE, HIDDEN, ALL = range(3)  # the gradients that a pass forms: of nothing, of the hidden states, of both inputs
-
 
 class Teacher(NamedTuple):
     """What the teacher says at the student's positions: its hidden state there, and the way to the student's tokens."""
@@ -56,6 +54,19 @@ class HeadOutput(NamedTuple):
     kl_BxL: Float[Array, "B L"]  # the divergence of the loss, at the temperature of the step
     kl1_BxL: Float[Array, "B L"]  # KL(p || s) at temperature 1, so that runs with different losses compare
     prediction_BxL: Int[Array, "B L"]  # the student's most likely token
+
+
+class _Wanted(NamedTuple):
+    """The gradients that a pass forms."""
+
+    hidden: bool = False
+    unembedding: bool = False
+    weights: bool = False  # of W
+
+    @property
+    def sums(self) -> tuple[str, ...]:
+        """Those that add up over blocks."""
+        return tuple(name for name in ("unembedding", "weights") if getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -98,11 +109,11 @@ def distill(
     `TopKTeacher`, only the teacher's K likeliest tokens are projected and D compares them and one remainder cell, which
     holds the rest of both distributions. Weights are final: whoever calls has divided them by the global sum.
 
-    The gradient flows into `hidden_BxLxD` and `unembedding_VsxD` only; the second, [Vs, D], is formed only where it is
-    asked for (a frozen embedding is not). Rows of the student's head at or above
-    `text_vocab`, and teacher tokens that the projection does not map, are in no softmax. `block` is the number of
-    tokens that a device takes at once; 0 chooses it (`block_size`). On a mesh whose axes spread the vocabulary, the
-    teacher's projection is `kd.place`d for it.
+    The gradient flows into `hidden_BxLxD`, `unembedding_VsxD` and the weights of the projection; the last two are
+    formed only where they are asked for (a frozen embedding is not). That of W takes its rows to sum to 1, as a softmax
+    makes them. Rows of the student's head at or above `text_vocab`, and teacher tokens that the projection does not
+    map, are in no softmax. `block` is the number of tokens that a device takes at once; 0 chooses it (`block_size`). On
+    a mesh whose axes spread the vocabulary, the teacher's projection is `kd.place`d for it.
 
     Returns the scalar in float32 and the per-token values.
     """
@@ -165,31 +176,37 @@ def block_size(student_vocab: int, teacher: Teacher | TopKTeacher | None = None,
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _head(spec, hidden, unembedding, labels, ce_weights, kl_weights, teacher, temperature):
-    return _on_mesh(spec, NONE, hidden, unembedding, labels, ce_weights, kl_weights, teacher, temperature)[0]
+    return _on_mesh(spec, _Wanted(), hidden, unembedding, labels, ce_weights, kl_weights, teacher, temperature)[0]
 
 
 def _head_forward(spec, *perturbed):
     """With symbolic zeros each array comes with the word whether anything differentiates with respect to it."""
-    wanted = ALL if perturbed[1].perturbed else HIDDEN
+    teacher = perturbed[5]
+    learned = teacher is not None and teacher.projection.weights.perturbed
+    wanted = _Wanted(True, perturbed[1].perturbed, learned)
     values = jax.tree.map(lambda leaf: leaf.value, perturbed, is_leaf=lambda x: hasattr(x, "perturbed"))
-    return _on_mesh(spec, wanted, *values)
+    output, gradients = _on_mesh(spec, wanted, *values)
+    nothing = jax.tree.map(lambda leaf: None, values[5])
+    return output, (gradients, nothing)
 
 
-def _head_backward(spec, gradients, cotangents):
-    d_hidden, d_unembedding = gradients
+def _head_backward(spec, kept, cotangents):
+    gradients, teacher = kept
     scale = cotangents[0]
     if isinstance(scale, SymbolicZero):  # only per-token values were differentiated, and they carry no gradient
         return (None,) * 7
-    if d_unembedding is not None:
-        d_unembedding *= scale.astype(d_unembedding.dtype)
-    return (d_hidden * scale.astype(d_hidden.dtype), d_unembedding) + (None,) * 5
+    gradients = {name: g * scale.astype(g.dtype) for name, g in gradients.items()}
+    if "weights" in gradients:
+        teacher = teacher._replace(projection=teacher.projection._replace(weights=gradients["weights"]))
+    return (gradients["hidden"], gradients.get("unembedding"), None, None, None, teacher, None)
 
 
 _head.defvjp(_head_forward, _head_backward, symbolic_zeros=True)
 
 
 def _on_mesh(spec, wanted, hidden, unembedding, labels, ce_weights, kl_weights, teacher, temperature):
-    """Tokens over the batch axes, vocabularies over the shards' axes; one sum at the end over what is left."""
+    """((loss, per-token values), {name: gradient}). Tokens lie over the batch axes, vocabularies over the shards' axes;
+    one sum at the end over what is left."""
     arguments = (labels, ce_weights, kl_weights, teacher, temperature)
     if spec.mesh is None:
         return _stream(spec, wanted, (), (), hidden, unembedding, *arguments)
@@ -197,29 +214,39 @@ def _on_mesh(spec, wanted, hidden, unembedding, labels, ce_weights, kl_weights, 
     handed = tuple(a for a in spec.shards.axes if a in batch_axes)  # their devices score each other's tokens
     summed = tuple(a for a in batch_axes if a not in handed)
     tokens, whole, cut = PartitionSpec(batch_axes), PartitionSpec(), PartitionSpec(spec.shards.axes or None)
+    projection = PlacedTable.specs(spec.shards) if spec.shards.axes else whole
     teacher_specs = {
         type(None): None,
-        Teacher: Teacher(tokens, cut, cut),
+        Teacher: Teacher(tokens, cut, projection),
         TopKTeacher: TopKTeacher(tokens, tokens, tokens, whole),
     }[type(teacher)]
     V, D = unembedding.shape
-    S = spec.shards.size
-    dealt = PartitionSpec(None, spec.shards.axes or None)  # [V/S, S, D]: row j of shard r is token j S + r
-    padded = jnp.pad(unembedding, ((0, -V % S), (0, 0))).reshape(-1, S, D)
-    gradient_specs = {NONE: None, HIDDEN: (tokens, None), ALL: (tokens, dealt)}[wanted]
+    weights = whole if isinstance(teacher, TopKTeacher) else cut
+    specs = {"hidden": tokens, "unembedding": spec.shards.stored, "weights": weights}
 
-    def stream(hidden, unembedding, *arguments):
-        result, gradients = _stream(spec, wanted, handed, summed, hidden, unembedding[:, 0], *arguments)
-        return result, (gradients[0], gradients[1][:, None]) if wanted == ALL else gradients
+    def stream(hidden, part, *arguments):
+        rows = spec.shards.deal(part)[:, :D]
+        result, gradients = _stream(spec, wanted, handed, summed, hidden, rows, *arguments)
+        if wanted.unembedding:
+            columns = part.shape[1] * (spec.mesh.shape["fsdp"] if "fsdp" in spec.shards.axes else 1)
+            whole_columns = jnp.pad(gradients["unembedding"], ((0, 0), (0, columns - D)))
+            gradients["unembedding"] = spec.shards.collect(whole_columns)
+        return result, gradients
 
     result, gradients = jax.shard_map(
         stream,
         mesh=spec.mesh,
-        in_specs=(tokens, dealt, tokens, tokens, tokens, teacher_specs, whole),
-        out_specs=((whole, HeadOutput(tokens, tokens, tokens, tokens)), gradient_specs),
+        in_specs=(tokens, spec.shards.stored, tokens, tokens, tokens, teacher_specs, whole),
+        out_specs=((whole, HeadOutput(tokens, tokens, tokens, tokens)), {n: specs[n] for n in _names(wanted)}),
         check_vma=False,
-    )(hidden, padded, *arguments)
-    return result, (gradients[0], gradients[1].reshape(-1, D)[:V]) if wanted == ALL else gradients
+    )(hidden, spec.shards.padded(unembedding, spec.mesh), *arguments)
+    if wanted.unembedding:
+        gradients["unembedding"] = gradients["unembedding"][:V, :D]
+    return result, gradients
+
+
+def _names(wanted: _Wanted) -> tuple[str, ...]:
+    return (("hidden",) if wanted.hidden else ()) + wanted.sums
 
 
 def _stream(
@@ -256,44 +283,49 @@ def _stream(
         """This device's part of what was computed for the tokens of all devices of the handed axes."""
         return jax.lax.dynamic_slice_in_dim(x_N, jax.lax.axis_index(handed) * block, block) if handed else x_N
 
-    def compute(one, d_unembedding):
+    def compute(one, sums):
         if handed:
             one = jax.tree.map(lambda x: jax.lax.all_gather(x, handed, axis=0, tiled=True), one)
-        loss, values, d_hidden, d_unembedding = _block(spec, wanted, unembedding_VxD, teacher, tau, one, d_unembedding)
+        loss, values, d_hidden, sums = _block(spec, wanted, unembedding_VxD, teacher, tau, one, sums)
         values = tuple(map(mine, values))
-        if d_hidden is not None:
+        if wanted.hidden:
             if handed:
                 d_hidden = jax.lax.psum_scatter(d_hidden, handed, scatter_dimension=0, tiled=True)
             rest = tuple(a for a in spec.shards.axes if a not in handed)
             d_hidden = jax.lax.psum(d_hidden, rest) if rest else d_hidden
             d_hidden = d_hidden.astype(hidden_BxLxD.dtype)
-        return loss, values, d_hidden, d_unembedding
+        return loss, values, d_hidden, sums
+
+    def skip(one, sums):
+        zero = jnp.zeros(one["labels"].shape, jnp.float32)
+        d_hidden = jnp.zeros_like(one["hidden"]) if wanted.hidden else None
+        return jnp.float32(0), (zero, zero, zero, jnp.zeros_like(one["labels"])), d_hidden, sums
 
     def body(carry, one):
-        loss, d_unembedding = carry
+        loss, sums = carry
         used = jnp.any(one["ce_weights"] != 0) | jnp.any(one["kl_weights"] != 0)
         if handed:  # they take this branch together
             used = jax.lax.pmax(used.astype(jnp.int32), handed) > 0
-        block_loss, values, d_hidden, d_unembedding = jax.lax.cond(
-            used, compute, functools.partial(_skip, wanted), one, d_unembedding
-        )
-        return (loss + block_loss, d_unembedding), (values, d_hidden)
+        block_loss, values, d_hidden, sums = jax.lax.cond(used, compute, skip, one, sums)
+        return (loss + block_loss, sums), (values, d_hidden)
 
-    empty = jnp.zeros(unembedding_VxD.shape, jnp.float32) if wanted == ALL else None
-    (loss, d_unembedding), (values, d_hidden) = jax.lax.scan(body, (jnp.float32(0), empty), inputs)
+    learned = {"unembedding": unembedding_VxD, "weights": None if teacher is None else teacher.projection.weights}
+    empty = {name: jnp.zeros(learned[name].shape, jnp.float32) for name in wanted.sums}
+    (loss, sums), (values, d_hidden) = jax.lax.scan(body, (jnp.float32(0), empty), inputs)
 
     def restore(array):
         flat = array.reshape((padded, *array.shape[2:]))[:tokens]
         return jnp.zeros_like(flat).at[order].set(flat, unique_indices=True).reshape(shape + flat.shape[1:])
 
-    output = HeadOutput(*map(restore, values))
-    loss = jax.lax.psum(loss, summed) if summed else loss
-    if wanted == NONE:
-        return (loss, output), None
-    if wanted == HIDDEN:
-        return (loss, output), (restore(d_hidden), None)
-    d_unembedding = jax.lax.psum(d_unembedding, summed) if summed else d_unembedding
-    return (loss, output), (restore(d_hidden), d_unembedding.astype(unembedding_VxD.dtype))
+    def over(axes, x):
+        return jax.lax.psum(x, axes) if axes else x
+
+    # Rows of W are whole on every device, and each has counted its own student tokens only.
+    axes = {"unembedding": summed, "weights": summed + spec.shards.axes * isinstance(teacher, TopKTeacher)}
+    gradients = {name: over(axes[name], x).astype(learned[name].dtype) for name, x in sums.items()}
+    if wanted.hidden:
+        gradients["hidden"] = restore(d_hidden)
+    return (over(summed, loss), HeadOutput(*map(restore, values))), gradients
 
 
 def _per_token(teacher: Teacher | TopKTeacher | None) -> Any:
@@ -303,13 +335,7 @@ def _per_token(teacher: Teacher | TopKTeacher | None) -> Any:
     return None if teacher is None else teacher.hidden_BxLxDt
 
 
-def _skip(wanted, one, d_unembedding):
-    zero = jnp.zeros(one["labels"].shape, jnp.float32)
-    d_hidden = jnp.zeros_like(one["hidden"]) if wanted != NONE else None
-    return jnp.float32(0), (zero, zero, zero, jnp.zeros_like(one["labels"])), d_hidden, d_unembedding
-
-
-def _block(spec, wanted, unembedding_VxD, teacher, temperature, one, d_unembedding):
+def _block(spec, wanted, unembedding_VxD, teacher, temperature, one, sums):
     """Loss, per-token values and gradients of one block against the vocabulary rows of this device."""
     hidden_NxD, labels_N, w_ce, w_kl = one["hidden"], one["labels"], one["ce_weights"], one["kl_weights"]
     shards, smoothing = spec.shards, spec.label_smoothing
@@ -328,10 +354,11 @@ def _block(spec, wanted, unembedding_VxD, teacher, temperature, one, d_unembeddi
     zero_N = jnp.zeros_like(ce_N)
     kl_N, kl1_N, d_kl_VxN = zero_N, zero_N, None
     if teacher is not None:
-        kl_N, kl1_N, d_kl_VxN = jax.lax.cond(
+        weights = jnp.zeros_like(teacher.projection.weights) if wanted.weights else None
+        kl_N, kl1_N, d_kl_VxN, d_weights = jax.lax.cond(
             jnp.any(w_kl != 0),
-            functools.partial(_taught, spec, teacher),
-            lambda *args: (zero_N, zero_N, jnp.zeros_like(z_VxN)),
+            functools.partial(_taught, spec, wanted, teacher, w_kl),
+            lambda *args: (zero_N, zero_N, jnp.zeros_like(z_VxN), weights),
             one["teacher"],
             z_VxN,
             temperature,
@@ -344,8 +371,8 @@ def _block(spec, wanted, unembedding_VxD, teacher, temperature, one, d_unembeddi
         jnp.where(taught_N, kl1_N, 0),
         jnp.where(used_N, prediction_N, 0),
     )
-    if wanted == NONE:
-        return loss, values, None, None
+    if not wanted.hidden:
+        return loss, values, None, sums
 
     is_label = shards.ids(z_VxN.shape[0])[:, None] == labels_N[None]
     target_VxN = jnp.where(is_label, 1 - smoothing, 0.0)
@@ -356,13 +383,17 @@ def _block(spec, wanted, unembedding_VxD, teacher, temperature, one, d_unembeddi
         d_z += (w_kl * temperature**2)[None] * d_kl_VxN
     d_z = d_z.astype(unembedding_VxD.dtype)
     d_hidden = jnp.einsum("vn,vd->nd", d_z, unembedding_VxD, preferred_element_type=jnp.float32)
-    if wanted == ALL:
-        d_unembedding += jnp.einsum("vn,nd->vd", d_z, hidden_NxD, preferred_element_type=jnp.float32)
-    return loss, values, d_hidden, d_unembedding
+    added = {}
+    if wanted.unembedding:
+        added["unembedding"] = jnp.einsum("vn,nd->vd", d_z, hidden_NxD, preferred_element_type=jnp.float32)
+    if wanted.weights:
+        added["weights"] = d_weights
+    return loss, values, d_hidden, {name: x + added[name] for name, x in sums.items()}
 
 
-def _taught(spec, teacher, per_token, z_VxN, temperature):
-    """The divergence at the temperature of the step with its gradient, and KL(p || s) at temperature 1."""
+def _taught(spec, wanted, teacher, w_kl, per_token, z_VxN, temperature):
+    """The divergence at the temperature of the step, KL(p || s) at temperature 1, the gradient of the first, and what
+    the block adds to the gradient of W."""
     rows, shards = z_VxN.shape[0], spec.shards
     if isinstance(teacher, TopKTeacher):
         ids, log_probs, log_probs1 = per_token
@@ -376,8 +407,9 @@ def _taught(spec, teacher, per_token, z_VxN, temperature):
         options = {"kind": kind, "skew": spec.skew, "text_vocab": spec.text_vocab, "shards": shards}
         return divergence(target.p_VxN, z_VxN, tau, rest_N=target.rest_N, **options)
 
-    value, gradient = against(now(), temperature, spec.divergence)
+    target = now()
+    value, gradient, d_p = against(target, temperature, spec.divergence)
+    d_weights = target.pull(d_p * (w_kl * temperature**2)[None]) if wanted.weights else None
     at_1 = lambda: against(one(), jnp.float32(1), "forward")[0]  # noqa: E731
-    if spec.divergence != "forward":
-        return value, at_1(), gradient
-    return value, jax.lax.cond(temperature == 1, lambda: value, at_1), gradient
+    value1 = at_1() if spec.divergence != "forward" else jax.lax.cond(temperature == 1, lambda: value, at_1)
+    return value, value1, gradient, d_weights

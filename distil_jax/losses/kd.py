@@ -10,17 +10,21 @@ and a copy of the teacher's rows that they start from, so that the projection mo
 `ProjectionRows` are the rows of W, for a teacher that names a few tokens.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from distil_jax.losses.vocabulary import LOWEST, Shards, floor_of_largest
 from distil_jax.models.int8 import Int8
 from distil_jax.models.layers import unembed
 
+EMPTY = -1  # the id at an empty place of a row of W
+_HEAVY = 16  # a student token with more than this part of a shard's mean number of entries is heavy
 _ROWS = 128  # the rows of a placed table are a multiple of this: tiles of the matrix unit
 
 
@@ -36,23 +40,50 @@ class ProjectionTable(NamedTuple):
     student_ids: Int[Array, " nnz"]
     weights: Float[Array, " nnz"]
     mapped: Bool[Array, " Vt"]
+    slots: Int[Array, " nnz"]  # where the entry stands in the rows of W, [Vt * k]
 
 
 class PlacedTable(NamedTuple):
     """The entries of W on the devices of their student tokens, R to each of S shards, shard after shard.
 
     Each entry has a row of the teacher's head of its own (`rows_of`), so a token with entries on several devices is
-    scored on each of them; `first` marks one entry of each token. Entries that fill up a shard have weight 0.
+    scored on each of them; `first` marks one entry of each token. A few student tokens are the first piece of thousands
+    of teacher tokens: the entries of these H heavy ones lie wherever there is room, and the H sums travel. Entries that
+    fill up a shard have weight 0.
     """
 
     teacher_ids: Int[Array, " SR"]
-    student_rows: Int[Array, " SR"]  # on their shard (vocabulary.Shards), ascending within it
+    segments: Int[Array, " SR"]  # ascending in a shard: which of the heavy tokens, or H + the row on the shard
     weights: Float[Array, " SR"]
     first: Bool[Array, " SR"]
+    slots: Int[Array, " SR"]
+    heavy: Int[Array, " H"]  # student ids, the same on all shards
+
+    @classmethod
+    def specs(cls, shards: Shards) -> "PlacedTable":
+        """How each field lies on the mesh."""
+        cut = PartitionSpec(shards.axes)
+        return cls(cut, cut, cut, cut, cut, PartitionSpec())
+
+    def gather(self, mass_RxN: Float[Array, "R N"], rows: int, shards: Shards) -> Float[Array, "V N"]:
+        """The sums of this device's entries, for its student rows."""
+        H = len(self.heavy)
+        sums = jax.ops.segment_sum(mass_RxN, self.segments, H + rows, indices_are_sorted=True)
+        return sums[H:].at[self._heavy_rows(rows, shards)].add(shards.sum(sums[:H]), mode="drop")
+
+    def spread(self, d_p_VxN: Float[Array, "V N"], shards: Shards) -> Float[Array, "R N"]:
+        """The way back of `gather`: for each entry what stands at its student token."""
+        at = self._heavy_rows(len(d_p_VxN), shards)
+        d_heavy_HxN = shards.sum(d_p_VxN.at[at].get(mode="fill", fill_value=0))
+        return jnp.concatenate([d_heavy_HxN, d_p_VxN])[self.segments]
+
+    def _heavy_rows(self, rows: int, shards: Shards) -> Int[Array, " H"]:
+        """The rows of the heavy tokens on this device; past the end where another has them."""
+        return jnp.where(self.heavy % shards.size == shards.index(), self.heavy // shards.size, rows)
 
 
 class ProjectionRows(NamedTuple):
-    """The rows of W: student tokens of each teacher token (-1 at empty places) and their probabilities (0 there)."""
+    """The rows of W: student tokens of each teacher token (EMPTY at empty places) and their probabilities (0 there)."""
 
     ids: Int[Array, "Vt k"]
     weights: Float[Array, "Vt k"]
@@ -61,27 +92,49 @@ class ProjectionRows(NamedTuple):
 def place(table: ProjectionTable, shards: Shards) -> ProjectionTable | PlacedTable:
     """`table` as the shards of a mesh need it; itself where there is one shard. Reads values, so it is for the host.
 
-    The number of teacher rows grows by W's mean support (1.12 for Gemma 3 into Llama 3) and by what the fullest shard
-    has above the mean.
+    The number of teacher rows grows by W's mean support (1.12 for Gemma 3 into Llama 3) and what rounding fills up.
     """
     if shards.size == 1:
         return table
-    teacher_ids, student_ids, weights = (np.asarray(x) for x in table[:3])
-    first = np.zeros(len(teacher_ids), bool)
-    first[np.unique(teacher_ids, return_index=True)[1]] = True
+    student_ids = np.asarray(table.student_ids)
+    load = np.bincount(student_ids)
+    heavy = np.flatnonzero(load > len(student_ids) / shards.size / _HEAVY)
+    is_heavy = np.isin(student_ids, heavy)
+    # Light entries go to the shard of their student token; heavy ones fill every shard up to the same height.
     owner = student_ids % shards.size
+    light = np.bincount(owner[~is_heavy], minlength=shards.size)
+    height = _height(light, int(is_heavy.sum()))
+    owner[is_heavy] = np.repeat(np.arange(shards.size), np.maximum(height - light, 0))[: is_heavy.sum()]
     counts = np.bincount(owner, minlength=shards.size)
     rows = -(-int(counts.max()) // _ROWS) * _ROWS
-    order = np.argsort(owner, kind="stable")  # student ids stay ascending within a shard
+
+    segment = np.where(is_heavy, np.searchsorted(heavy, student_ids), len(heavy) + student_ids // shards.size)
+    first = np.zeros(len(student_ids), bool)
+    first[np.unique(np.asarray(table.teacher_ids), return_index=True)[1]] = True
+    order = np.lexsort((segment, owner))
     at = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts) + owner[order] * rows
-    full = np.iinfo(np.int32).max
-    columns = [np.zeros(shards.size * rows, d) for d in (np.int32, np.int32, np.float32, bool)]
-    columns[1][:] = full
-    for column, values in zip(columns, (teacher_ids, student_ids // shards.size, weights, first), strict=True):
-        column[at] = values[order]
-    filling = columns[1] == full
-    columns[1][filling] = int(student_ids.max()) // shards.size  # stays sorted
-    return PlacedTable(*map(jnp.asarray, columns))
+
+    def placed(values, filling=0):
+        column = np.full(shards.size * rows, filling, np.asarray(values).dtype)
+        column[at] = np.asarray(values)[order]
+        return jnp.asarray(column)
+
+    return PlacedTable(
+        placed(table.teacher_ids),
+        placed(segment.astype(np.int32), int(segment.max())),  # filled up at the end, so that they stay sorted
+        placed(table.weights),
+        placed(first),
+        placed(table.slots),
+        jnp.asarray(heavy, jnp.int32),
+    )
+
+
+def _height(light_S: np.ndarray, more: int) -> int:
+    """The smallest height up to which the shards have room for `more` entries above what they hold."""
+    ordered = np.sort(light_S)
+    room = ordered * np.arange(1, len(ordered) + 1) - np.cumsum(ordered)  # below the height of each shard
+    filled = int(np.searchsorted(room, more, side="right"))  # that many shards stand lower than the surface
+    return -(-(more + int(ordered[:filled].sum())) // filled)
 
 
 def rows_of(unembedding: "Float[Array, 'Vt Dt'] | Int8", table: ProjectionTable | PlacedTable):
@@ -89,6 +142,22 @@ def rows_of(unembedding: "Float[Array, 'Vt Dt'] | Int8", table: ProjectionTable 
     if isinstance(table, ProjectionTable):
         return unembedding
     return jax.tree.map(lambda x: jnp.take(x, table.teacher_ids, axis=0), unembedding)
+
+
+def row_log_softmax(logits: Float[Array, "... k"], ids: Int[Array, "... k"]) -> Float[Array, "... k"]:
+    """Log-probabilities of the filled places of each row of W."""
+    return jax.nn.log_softmax(jnp.where(ids == EMPTY, jnp.float32(-1e9), logits), axis=-1)
+
+
+def row_softmax(logits: Float[Array, "... k"], ids: Int[Array, "... k"]) -> Float[Array, "... k"]:
+    """Softmax over the filled places of each row; 0 at empty ones, also in a row that is wholly empty."""
+    return jnp.where(ids == EMPTY, 0.0, jnp.exp(row_log_softmax(logits, ids)))
+
+
+def with_weights(table: ProjectionTable | PlacedTable, weights_Vtxk: Float[Array, "Vt k"]):
+    """The table of a W that learns: the same entries, with probabilities from its rows. For a jitted function."""
+    weights = weights_Vtxk.reshape(-1)[table.slots]
+    return table._replace(weights=jnp.where(table.weights > 0, weights, 0))
 
 
 def project(q_VtxN: Float[Array, "Vt N"], table: ProjectionTable, student_vocab: int) -> Float[Array, "Vs N"]:
@@ -114,11 +183,11 @@ def _fit(mapped_Vt: Bool[Array, " Vt"], rows: int) -> Bool[Array, " rows"]:
 
 
 class Target(NamedTuple):
-    """The projected teacher at a temperature: its mass on this device's student tokens, and what is left besides (None:
-    nothing is)."""
+    """The projected teacher at a temperature."""
 
-    p_VxN: Float[Array, "Vs N"]
-    rest_N: Float[Array, " N"] | None
+    p_VxN: Float[Array, "Vs N"]  # its mass on this device's student tokens
+    rest_N: Float[Array, " N"] | None  # what is left besides; None: nothing is
+    pull: Callable[[Array], Array]  # from a gradient with respect to p to one with respect to the weights of W
 
 
 def full_target(
@@ -135,31 +204,43 @@ def full_target(
 
     top_k: only the teacher's K likeliest tokens (and what equals the K-th) are projected; the mass of the others is the
     remainder.
+
+    `pull` takes the rows of W to sum to 1 whatever their weights, as a softmax makes them: normaliser and remainder
+    then do not depend on W.
     """
-    if isinstance(table, ProjectionTable):
+    whole = isinstance(table, ProjectionTable)
+    if whole:
         t_RxN = teacher_logits(hidden_NxDt, head_RxDt, table.mapped)
-        counted_R, share_Rx1 = _fit(table.mapped, t_RxN.shape[0]).astype(jnp.float32), 1.0
+        counted_R = _fit(table.mapped, t_RxN.shape[0])
     else:
         t_RxN = jnp.where((table.weights > 0)[:, None], unembed(head_RxDt, hidden_NxDt), LOWEST)
-        counted_R, share_Rx1 = table.first.astype(jnp.float32), table.weights[:, None]
+        counted_R = table.first
     kept = None
     if top_k:
-        ordered, floor_N = floor_of_largest(t_RxN, counted_R[:, None], top_k, shards.sum)
+        ordered, floor_N = floor_of_largest(t_RxN, counted_R.astype(jnp.float32)[:, None], top_k, shards.sum)
         kept = ordered >= floor_N[None]
     largest_N = shards.max(jnp.max(t_RxN, axis=0))
 
     def at(temperature):
-        e_RxN = jnp.exp((t_RxN - largest_N[None]) / temperature) * share_Rx1
-        total_N = shards.sum(jnp.sum(e_RxN, axis=0))
+        e_RxN = jnp.exp((t_RxN - largest_N[None]) / temperature)
+        share_RxN = e_RxN if whole else e_RxN * table.weights[:, None]
+        total_N = shards.sum(jnp.sum(share_RxN, axis=0))
         rest_N = None
         if kept is not None:
-            e_RxN = jnp.where(kept, e_RxN, 0)
-            rest_N = jnp.maximum(1 - shards.sum(jnp.sum(e_RxN, axis=0)) / total_N, 0)
-        if isinstance(table, ProjectionTable):
+            e_RxN, share_RxN = jnp.where(kept, e_RxN, 0), jnp.where(kept, share_RxN, 0)
+            rest_N = jnp.maximum(1 - shards.sum(jnp.sum(share_RxN, axis=0)) / total_N, 0)
+        if whole:
             mass_VxN = project(e_RxN, table, student_rows)
         else:
-            mass_VxN = jax.ops.segment_sum(e_RxN, table.student_rows, student_rows, indices_are_sorted=True)
-        return Target(mass_VxN / total_N[None], rest_N)
+            mass_VxN = table.gather(share_RxN, student_rows, shards)
+
+        def pull(d_p_VxN):
+            per_e = d_p_VxN / total_N[None]
+            if whole:
+                return jnp.sum(e_RxN[table.teacher_ids] * per_e[table.student_ids], axis=1)
+            return jnp.sum(e_RxN * table.spread(per_e, shards), axis=1)
+
+        return Target(mass_VxN / total_N[None], rest_N, pull)
 
     return at
 
@@ -172,11 +253,16 @@ def named_target(
     shards: Shards = Shards(),  # noqa: B008
 ) -> Target:
     """The same for a teacher of which K tokens are known: their mass through W, and 1 less that mass."""
-    ids, weights = rows.ids[ids_NxK], rows.weights[ids_NxK]
-    here = (ids >= 0) & (ids % shards.size == shards.index())
-    mass = jnp.exp(log_probs_NxK.astype(jnp.float32))[..., None] * weights
-    at = jnp.where(here, ids // shards.size, student_rows).reshape(len(ids), -1)  # what is not here falls off the end
+    ids_NxKxk = rows.ids[ids_NxK]
+    here = (ids_NxKxk >= 0) & (ids_NxKxk % shards.size == shards.index())
+    q_NxKx1 = jnp.exp(log_probs_NxK.astype(jnp.float32))[..., None]
+    at = jnp.where(here, ids_NxKxk // shards.size, student_rows)  # what is not here falls off the end
     columns = jax.lax.broadcasted_iota(jnp.int32, at.shape, 0)
-    p_VxN = jnp.zeros((student_rows, len(ids)), jnp.float32)
-    p_VxN = p_VxN.at[at, columns].add(mass.reshape(at.shape), mode="drop")
-    return Target(p_VxN, jnp.maximum(1 - shards.sum(jnp.sum(p_VxN, axis=0)), 0))
+    p_VxN = jnp.zeros((student_rows, len(ids_NxK)), jnp.float32)
+    p_VxN = p_VxN.at[at, columns].add(q_NxKx1 * rows.weights[ids_NxK], mode="drop")
+
+    def pull(d_p_VxN):
+        d_mass = d_p_VxN.at[at, columns].get(mode="fill", fill_value=0)
+        return jnp.zeros_like(rows.weights).at[ids_NxK].add(q_NxKx1 * d_mass)
+
+    return Target(p_VxN, jnp.maximum(1 - shards.sum(jnp.sum(p_VxN, axis=0)), 0), pull)

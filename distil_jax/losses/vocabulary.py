@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
 LOWEST = float(np.finfo(np.float32).min)  # the logit of what is no token; finite, so that differences stay numbers
@@ -37,6 +37,31 @@ class Shards:
     def index(self) -> Int[Array, ""] | int:
         """Which shard this device has."""
         return jax.lax.axis_index(self.axes) if self.axes else 0
+
+    @property
+    def stored(self) -> PartitionSpec:
+        """How a padded matrix [V, D] lies between steps: rows over tensor, columns over fsdp (sharding.Rules)."""
+        return PartitionSpec(*(axis if axis in self.axes else None for axis in ("tensor", "fsdp")))
+
+    def padded(self, matrix_VxD: Float[Array, "V D"], mesh: Mesh | None) -> Float[Array, "Vp Dp"]:
+        """The matrix with rows and columns of zeros that make it divide."""
+        if not self.axes:
+            return matrix_VxD
+        V, D = matrix_VxD.shape
+        rows = self.size * mesh.shape.get("tensor", 1)
+        return jnp.pad(matrix_VxD, ((0, -V % rows), (0, -D % mesh.shape.get("fsdp", 1))))
+
+    def deal(self, part: Float[Array, "Vt Df"]) -> Float[Array, "Vs D"]:
+        """From a device's part of a stored matrix to its whole rows. An exchange of one part's size over each axis."""
+        if "tensor" in self.axes:  # rows t V/T + j to rows j T + t
+            part = _exchange(part, "tensor", back=False, columns=False)
+        return _exchange(part, "fsdp", back=False, columns=True) if "fsdp" in self.axes else part
+
+    def collect(self, rows: Float[Array, "Vs D"]) -> Float[Array, "Vt Df"]:
+        """The way back."""
+        if "fsdp" in self.axes:
+            rows = _exchange(rows, "fsdp", back=True, columns=True)
+        return _exchange(rows, "tensor", back=True, columns=False) if "tensor" in self.axes else rows
 
     def sum(self, x: Array) -> Array:
         """The sum over all shards."""
@@ -79,6 +104,21 @@ class Shards:
         values, ids = (jax.lax.all_gather(x, self.axes, axis=1, tiled=True) for x in (values_Nxk, ids_Nxk))
         values_Nxk, best = jax.lax.top_k(values, min(k, values.shape[1]))
         return values_Nxk, jnp.take_along_axis(ids, best, axis=1)
+
+
+def _exchange(x: Float[Array, "R C"], axis: str, *, back: bool, columns: bool) -> Array:
+    """Each device of an axis of n gives every n-th row to one of them, and joins what it gets by columns, or one below
+    the other; or `back` again."""
+    n = jax.lax.axis_size(axis)
+    R, C = x.shape
+    if not back:
+        given = x.reshape(R // n, n, C)  # group of rows i goes to device i
+        if columns:
+            return jax.lax.all_to_all(given, axis, 1, 2, tiled=True).reshape(R // n, n * C)
+        return jax.lax.all_to_all(given, axis, 1, 0, tiled=True).reshape(R, C)
+    if columns:
+        return jax.lax.all_to_all(x.reshape(R, 1, C), axis, 2, 1, tiled=True).reshape(R * n, C // n)
+    return jax.lax.all_to_all(x.reshape(R, 1, C), axis, 0, 1, tiled=True).reshape(R, C)
 
 
 def text_rows(z_VxN: Float[Array, "V N"], text_vocab: int, shards: Shards = Shards()) -> Float[Array, "V N"]:  # noqa: B008
