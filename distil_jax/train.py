@@ -25,6 +25,7 @@ from distil_jax.checkpoint import Checkpoints, on_sigterm
 from distil_jax.data.loader import Loader
 from distil_jax.errors import UserError
 from distil_jax.eval import likelihood
+from distil_jax.losses import attention
 from distil_jax.losses.divergence import checked
 from distil_jax.losses.kd import PlacedTable, place, rows_of
 from distil_jax.losses.schedules import learning_rate, schedule
@@ -32,10 +33,12 @@ from distil_jax.losses.vocabulary import Shards
 from distil_jax.losses.weights import parse_weights, specialty_weights
 from distil_jax.metrics import MetricsWriter, Progress, read_metrics
 from distil_jax.models import hub
-from distil_jax.objective import Frozen, Loss, Objective
+from distil_jax.objective import Alignment, Frozen, Loss, Objective
 from distil_jax.projection import Projection
 from distil_jax.step import init_state, make_optimizer, make_step
 from distil_jax.workdir import Workdir
+
+ALIGNMENT_SEED = 3  # beside learners.SEED_OF
 
 
 class Run(NamedTuple):
@@ -88,6 +91,15 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
                 projection_of(work, tables).logits,
                 sharding.replicated(mesh),
             )
+        if objective.alignment:
+            key = jax.random.fold_in(jax.random.key(config.seed), ALIGNMENT_SEED)
+            align = attention.init(
+                key, objective.alignment.pairs, model, objective.teacher,
+                mixed=config.objective.attention.heads == "mixed", hidden=objective.alignment.hidden_weight > 0,
+            )  # fmt: skip
+            if align:
+                whole = sharding.replicated(mesh)
+                learning["alignment"], shardings["alignment"] = align, jax.tree.map(lambda _: whole, align)
         state = placed(jax.jit(init_state, static_argnums=1)(learning, optimizer), optimizer, shardings, mesh)
         del params, learning
         checkpoints = Checkpoints(stage.folder / "checkpoints", keep=2, save_every=t.checkpoint_every)
@@ -177,9 +189,24 @@ def recipe(config, work, run, model, mesh, corpus, tables) -> tuple[Objective, F
         lies = jax.tree.map(lambda spec: NamedSharding(mesh, spec), PlacedTable.specs(shards))
         table = jax.device_put(table, lies)
         rows = jax.jit(rows_of, out_shardings=lies.weights)(teacher.unembedding(teacher_params), table)
-    objective = Objective(model, teacher=teacher, **teaching(o, t.steps), **common)
+    objective = Objective(model, teacher=teacher, **teaching(o, model, teacher, t.steps), **common)
     learned = projection.rows() if o.learn_projection else None
     return objective, Frozen(jnp.asarray(weights), teacher_params, table, learned, rows)
+
+
+def alignment_of(o: ConfigDict, student: Any, teacher: Any, steps: int) -> Alignment | None:
+    """What of the inside of the models is aligned; None, at no cost, where both weights are 0 throughout."""
+    if o.attention.heads not in ("mean", "mixed"):
+        raise UserError(f"objective.attention.heads is {o.attention.heads!r}; use 'mean' or 'mixed'")
+    pairs = attention.choose(
+        student, teacher, count=o.attention.pairs,
+        student_layers=o.attention.student_layers, teacher_layers=o.attention.teacher_layers,
+    )  # fmt: skip
+    if min(o.beta.start, o.beta.end, o.hidden_states) < 0:
+        raise UserError("objective.beta and objective.hidden_states are weights: give numbers of at least 0")
+    if o.beta.start == o.beta.end == o.hidden_states == 0:
+        return None
+    return Alignment(pairs, schedule(o.beta.kind, o.beta.start, o.beta.end, steps), o.hidden_states)
 
 
 def projection_of(work: Workdir, tables: dict[str, Any]) -> Projection:
@@ -187,8 +214,8 @@ def projection_of(work: Workdir, tables: dict[str, Any]) -> Projection:
     return Projection.load(work / "projection", teacher=tables["teacher"], student=tables["student"])
 
 
-def teaching(o: ConfigDict, steps: int) -> dict[str, Any]:
-    """What the objective of a taught run says about its teacher."""
+def teaching(o: ConfigDict, student: Any, teacher: Any, steps: int) -> dict[str, Any]:
+    """What the objective of a taught run says about its teacher. student, teacher: the models without parameters."""
     return {
         "alpha": schedule(o.alpha.kind, o.alpha.start, o.alpha.end, steps),
         "temperature": schedule(o.temperature.kind, o.temperature.start, o.temperature.end, steps),
@@ -196,6 +223,7 @@ def teaching(o: ConfigDict, steps: int) -> dict[str, Any]:
         "skew": o.skew,
         "top_k": o.top_k,
         "keep": o.projection_keep,
+        "alignment": alignment_of(o, student, teacher, steps),
     }
 
 
@@ -207,10 +235,11 @@ def weights_of(o: ConfigDict, corpus: dict[str, Any]) -> np.ndarray:
 
 def check_objectives(work: Workdir, corpus: dict[str, Any]) -> None:
     """Raises UserError now for an objective that a later run would stumble over."""
+    student, teacher = (learners.description(work, side) for side in ("student", "teacher"))
     for name in variants.taught(work.config.runs):
         o = variants.applied(work.config, name).objective
         try:
-            teaching(o, work.config.student.training.steps), weights_of(o, corpus)
+            teaching(o, student, teacher, work.config.student.training.steps), weights_of(o, corpus)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
 
@@ -265,7 +294,7 @@ def log(metrics, progress, done, report, tokens, documents, t, specialties, fold
             by = np.asarray(report["ce_by_specialty"]).tolist()
             values |= {f"ce/{name}": v for name, v in zip(specialties, by, strict=True) if v > 0}
         metrics.write(done, **values)
-    shown = {k: report[k] for k in ("loss", "ce", "kl_at_1") if k in report}
+    shown = {k: report[k] for k in ("loss", "ce", "kl_at_1", "attention") if k in report}
     progress.update(done, tokens=tokens, **shown)
     if skipped > t.max_skipped:
         some = ", ".join(map(str, np.unique(documents)[:20]))

@@ -44,6 +44,7 @@ READS: dict[str, tuple[str, ...]] = {
 TEACHING = (
     *("objective.alpha", "objective.temperature", "objective.divergence", "objective.skew", "objective.top_k"),
     *("objective.learn_projection", "objective.projection_learning_rate", "objective.projection_keep"),
+    *("objective.beta", "objective.attention", "objective.hidden_states"),
 )
 UNREAD: dict[str, tuple[str, ...]] = {
     "control": (*TEACHING, "objective.label_smoothing"),

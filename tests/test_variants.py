@@ -88,8 +88,8 @@ def test_an_override_that_cannot_be_is_one_line_that_names_it(given, said):
     ("overrides", "said"),
     [
         ({"runs": "control,temprature"}, r"config.runs names 'temprature'.*did you mean 'temperature'"),
-        ({"runs": "control,kd,kd,specialty"}, "config.runs names 'kd' twice"),
-        ({"runs": "control,kd"}, r"config.export.run is 'specialty', which config.runs \('control', 'kd'\)"),
+        ({"runs": "control,kd,kd,attention"}, "config.runs names 'kd' twice"),
+        ({"runs": "control,kd"}, r"config.export.run is 'attention', which config.runs \('control', 'kd'\)"),
         ({"export.run": "control"}, "config.export.run is 'control'"),
     ],
 )
@@ -102,10 +102,10 @@ def test_runs_that_cannot_be_are_one_line_that_names_them(overrides, said):
 # ---- keys ------------------------------------------------------------------------------------------------------------
 
 LATER = {"evaluate", "export", "report"}
-TAUGHT = {"distilled", "kd", "temperature", "specialty"}
+TAUGHT = {"distilled", "kd", "temperature", "specialty", "attention"}
 STUDENTS = {"control", "smoothing", *TAUGHT}
 ALL = {"corpus", "teacher", "projection", *STUDENTS, *LATER}
-RUNS = "control,smoothing,distilled,kd,temperature,specialty"
+RUNS = "control,smoothing,distilled,kd,temperature,specialty,attention"
 
 
 @pytest.mark.parametrize(
@@ -120,10 +120,12 @@ RUNS = "control,smoothing,distilled,kd,temperature,specialty"
         ({"objective.top_k": 64}, TAUGHT | LATER),
         ({"objective.skew": 0.2}, TAUGHT | LATER),
         ({"objective.learn_projection": True}, TAUGHT | LATER),
+        ({"objective.attention.pairs": 1}, TAUGHT | LATER),
+        ({"objective.beta.start": 0.1}, TAUGHT - {"attention"} | LATER),
         ({"objective.projection_keep": 0.2}, TAUGHT | LATER),
         ({"teacher.dtype": "bfloat16"}, TAUGHT | LATER),
         ({"objective.label_smoothing": 0.2}, {"smoothing", *LATER}),
-        ({"objective.specialty_weights": "other=2"}, STUDENTS - {"specialty"} | LATER),
+        ({"objective.specialty_weights": "other=2"}, STUDENTS - {"specialty", "attention"} | LATER),
         ({"objective.block": 256}, STUDENTS | LATER),
         ({"student.training.steps": 7}, STUDENTS | LATER),
         ({"teacher.training.steps": 7}, {"teacher", "projection", *TAUGHT, *LATER}),
@@ -175,7 +177,7 @@ def test_every_rung_is_the_one_below_it_and_one_thing_more():
 def test_a_rung_is_set_from_the_command_line_and_the_others_stay():
     config = load(":ablation", **{"variants.temperature.temperature.start": 4})
     starts = {run: variants.applied(config, run).objective.temperature.start for run in config.variants}
-    assert starts == {"kd": 1.0, "temperature": 4.0, "specialty": 8.0}
+    assert starts == {"kd": 1.0, "temperature": 4.0, "specialty": 8.0, "attention": 8.0}
     with pytest.raises(UserError, match="variants.temperature.temperature.start.*expected float"):
         load(":ablation", **{"variants.temperature.temperature.start": "hot"})
 
