@@ -91,7 +91,9 @@ def get_config() -> ConfigDict:
     c.objective.label_smoothing = 0.1  # of the smoothing control alone
     c.objective.block = 256  # tokens whose logits exist at one time; 262,144 x 256 float32 is 0.25 GiB
 
-    c.runs = ("control", "smoothing", "distilled")  # students to train, of these three
+    # A variant is a name and what it changes in the objective: {"hot": {"temperature": {"start": 4.0}}}.
+    c.variants = ConfigDict()
+    c.runs = ("control", "smoothing", "distilled")  # students to train, of these three and the variants
 
     c.evaluation = ConfigDict()
     c.evaluation.batch_size = 8
@@ -102,6 +104,7 @@ def get_config() -> ConfigDict:
     c.evaluation.answer_tokens = 32
 
     c.export = ConfigDict()
+    c.export.run = "distilled"  # the student that is exported: distilled or a variant
     c.export.dtype = "float32"  # of the stored weights
     c.export.name = ""  # of the model and its folder; empty: that of the work folder, as the licences allow
     c.export.licence_files = ""  # texts that the models' folders lack, separated by commas

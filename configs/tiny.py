@@ -6,16 +6,30 @@ Trains two tokenizers and a small teacher on the definitions of the Human Phenot
 three times with equal steps and batches: on text alone (control), on text with smoothed labels (smoothing), and taught
 by the teacher (distilled). Takes about five minutes on two CPU cores.
 
+    distil-jax run --config configs/tiny.py:ablation
+
+trains the rungs of the paper's ladder in place of the last two, each the one below it and one thing more
+(docs/ablation.md).
+
 Your own models and text go through the same stages:
 
     distil-jax run --config configs/tiny.py --config.teacher.path=DIR --config.student.path=DIR \\
         --config.data.files=train.jsonl --config.workdir=work/mine
 """
 
+import copy
+
 from ml_collections import ConfigDict
 
+from distil_jax.errors import UserError, nearest
 
-def get_config() -> ConfigDict:
+ARGUMENTS = ("", "ablation")
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    if arg not in ARGUMENTS:
+        known = "none, or " + ", ".join(filter(None, ARGUMENTS))
+        raise UserError(f"no recipe {arg!r} here; after the colon comes {known}{nearest(arg, ARGUMENTS)}")
     c = ConfigDict()
     c.seed = 0  # of initial weights and of the order of the data
     c.workdir = "work/tiny"  # everything a run writes
@@ -114,7 +128,9 @@ def get_config() -> ConfigDict:
     c.objective.label_smoothing = 0.1  # of the smoothing control alone
     c.objective.block = 512  # tokens whose logits exist at one time
 
-    c.runs = ("control", "smoothing", "distilled")  # students to train, of these three
+    # A variant is a name and what it changes in the objective: {"hot": {"temperature": {"start": 4.0}}}.
+    c.variants = ConfigDict()
+    c.runs = ("control", "smoothing", "distilled")  # students to train, of these three and the variants
 
     c.evaluation = ConfigDict()
     c.evaluation.batch_size = 16
@@ -125,12 +141,34 @@ def get_config() -> ConfigDict:
     c.evaluation.answer_tokens = 48
 
     c.export = ConfigDict()
+    c.export.run = "distilled"  # the student that is exported: distilled or a variant
     c.export.dtype = "float32"  # of the stored weights
     c.export.name = ""  # of the model and its folder; empty: that of the work folder, as the licences allow
     c.export.licence_files = ""  # texts that the models' folders lack, separated by commas
     c.export.push_to = ""  # "owner/name" on the Hugging Face hub; empty: nowhere
     c.export.private = True  # of the repository that a push makes
+    if arg == "ablation":
+        ablation(c)
     return c.lock()
+
+
+def ablation(c: ConfigDict) -> None:
+    """The ladder of the paper (DistilLLM-Med, table of the ablation): cross-entropy, then one thing more at a time."""
+    hot = {"kind": "exponential", "start": 8.0, "end": 1.0}
+    heart = "Abnormality of the cardiovascular system=1.2"
+    added = {
+        "kd": {"alpha": {"kind": "constant", "start": 0.5, "end": 0.5}},  # KL to the projected teacher at tau 1
+        "temperature": {"temperature": hot},
+        "specialty": {"specialty_weighting": "given", "specialty_weights": heart},  # cardiology, as in the paper
+        "attention": {"beta": {"kind": "constant", "start": 0.2, "end": 0.2}},
+    }
+    rung = {}
+    for name, change in added.items():
+        rung = copy.deepcopy(rung | change)  # a rung of its own: setting a key of one leaves the others as they are
+        c.variants[name] = ConfigDict(rung)
+    c.runs = ("control", *added)
+    c.export.run = name
+    c.workdir = "work/ablation"
 
 
 def training(steps: int, learning_rate: float) -> ConfigDict:

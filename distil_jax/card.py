@@ -14,9 +14,10 @@ from huggingface_hub import ModelCardData
 from ml_collections import ConfigDict
 
 import distil_jax
-from distil_jax import report
+from distil_jax import variants
 from distil_jax.duties import Duties
 from distil_jax.licences import LICENCES, Origin
+from distil_jax.tables import gain, label_of, table_rows
 
 LONGEST = 300  # characters of a user's text
 LIMITS = (
@@ -32,8 +33,10 @@ def card(
 ) -> str:
     """The card in Markdown with a YAML front matter, as the Hugging Face hub reads it.
 
-    done: the manifests of the stages corpus, projection, distilled, evaluate. checks: what `readback.compare` found.
+    done: the manifests of the stages corpus, projection, evaluate and of the run that is exported. checks: what
+    `readback.compare` found.
     """
+    run = config.export.run
     metadata = duties.metadata() | {"library_name": "transformers", "pipeline_tag": "text-generation"}
     metadata["tags"] = ["distillation", "cross-tokenizer-distillation", "distil-jax", "medical"]
     origins = {o.role: o for o in duties.origins}
@@ -42,7 +45,7 @@ def card(
         "---\n" + ModelCardData(**metadata).to_yaml() + "\n---",
         f"# {escape(name)}",
         *(f"**{line}**" for line in dict.fromkeys(built_with)),
-        f"A student of {done['distilled']['parameters']:,} parameters, {_model(config, 'student', origins)}, taught by "
+        f"A student of {done[run]['parameters']:,} parameters, {_model(config, 'student', origins)}, taught by "
         f"{_model(config, 'teacher', origins)}. Teacher and student have tokenizers of their own "
         f"({done['corpus']['tokenizers']['teacher']['vocab_size']:,} and "
         f"{done['corpus']['tokenizers']['student']['vocab_size']:,} ids): the teacher's next-token distribution was "
@@ -51,7 +54,7 @@ def card(
         "## Use",
         _use(name, checks["bos"]),
         "## Results",
-        _results(done["evaluate"]),
+        _results(done["evaluate"], run),
         "## Recipe",
         _recipe(config, done),
         "## Data",
@@ -114,11 +117,12 @@ vllm serve ./{name}
 ```"""
 
 
-def _results(evaluated: Mapping[str, Any]) -> str:
-    header, *rows = report.table_rows(evaluated["models"])
+def _results(evaluated: Mapping[str, Any], run: str) -> str:
+    header, *rows = table_rows(evaluated["models"])
     differences = [
-        (escape(label), f"{d['bits_per_byte']:+.4f} [{d['interval'][0]:+.4f}, {d['interval'][1]:+.4f}]")
-        for label, d in evaluated["differences"].items()
+        (escape(label), gain(difference))
+        for label, difference in evaluated["differences"].items()
+        if label.endswith(f" - {run}")
     ]
     return "\n\n".join(
         [
@@ -126,14 +130,15 @@ def _results(evaluated: Mapping[str, Any]) -> str:
             "trained on here, with 95 % intervals over documents. Bits per byte: lower is better; bytes are the same "
             "for every tokenizer. Accuracy and agreement count the places where both tokenizations have a boundary.",
             _table(("model", *header[1:]), rows),
-            "Differences in bits per byte, paired by document; above 0 the distilled student is better:",
+            f"Differences in bits per byte, paired by document; above 0 this model, {label_of(run)}, is better:",
             _table(("", "bits per byte"), differences),
         ]
     )
 
 
 def _recipe(config: ConfigDict, done: Mapping[str, Mapping[str, Any]]) -> str:
-    o, t, fitted = config.objective, config.student.training, done["projection"]["fitted"]
+    run = config.export.run
+    o, t, fitted = variants.applied(config, run).objective, config.student.training, done["projection"]["fitted"]
 
     def course(s: ConfigDict) -> str:
         return f"{s.start}" if s.kind == "constant" else f"{s.start} to {s.end} ({escape(s.kind)})"
@@ -144,12 +149,12 @@ def _recipe(config: ConfigDict, done: Mapping[str, Mapping[str, Any]]) -> str:
         "teacher has a boundary too, cross-entropy alone elsewhere",
         f"alpha {course(o.alpha)}; temperature tau {course(o.temperature)}",
         f"specialty weighting: {escape(o.specialty_weighting)} {escape(o.specialty_weights)}".rstrip(),
-        f"{done['distilled']['steps']:,} steps of {t.batch_size} rows of {config.data.student_length} tokens; AdamW, "
+        f"{done[run]['steps']:,} steps of {t.batch_size} rows of {config.data.student_length} tokens; AdamW, "
         f"learning rate {t.learning_rate:g} after {t.warmup} steps of warm-up, then a cosine to {t.end_fraction:g} of "
         f"it; weight decay {t.weight_decay:g}; gradient norm at most {t.clip:g}; computed in "
         f"{escape(t.compute_dtype)}; seed {config.seed}",
         f"parameters that were not trained: {escape(t.get('freeze', '') or 'none')}",
-        f"updates left out because they were not finite: {done['distilled']['skipped']}",
+        f"updates left out because they were not finite: {done[run]['skipped']}",
         f"vocabulary projection: IP_KL {fitted['ip_kl']:.4f}, IP_bpb {fitted['ip_bpb']:.4f} (shares of the teacher's "
         "information that pass through it)",
         "student tokens of the test text by alignment: "

@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,16 +109,26 @@ def config_hash(*parts: Any) -> str:
 
 
 class TrackedConfig(ConfigDict):
-    """A config that remembers which of its leaf keys were read; made by `track_reads`."""
+    """A config that remembers which of its leaf keys were read; made by `track_reads`.
 
-    def __init__(self, config: ConfigDict, prefix: str = "", read: set[str] | None = None):
+    origin: the keys that stand for others, whose reading counts as that of the other (see `overlaid`).
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        prefix: str = "",
+        read: set[str] | None = None,
+        origin: Mapping[str, str] | None = None,
+    ):
         super().__init__(type_safe=config.is_type_safe)
         # ConfigDict takes every plain assignment for a config key.
         object.__setattr__(self, "_prefix", prefix)
         object.__setattr__(self, "_read", set() if read is None else read)
+        object.__setattr__(self, "_origin", origin or {})
         for key, value in config.items(preserve_field_references=True):
             if isinstance(value, ConfigDict):
-                value = TrackedConfig(value, f"{prefix}{key}.", self._read)
+                value = TrackedConfig(value, f"{prefix}{key}.", self._read, self._origin)
             self._fields[key] = value
         if config.is_locked:
             self.lock()
@@ -126,7 +136,8 @@ class TrackedConfig(ConfigDict):
     def __getitem__(self, key):
         value = super().__getitem__(key)
         if key in self._fields and not isinstance(value, ConfigDict):
-            self._read.add(f"{self._prefix}{key}")
+            name = f"{self._prefix}{key}"
+            self._read.add(self._origin.get(name, name))
         return value
 
     def to_dict(self, *args, **kwargs):
@@ -147,6 +158,35 @@ def track_reads(config: ConfigDict) -> TrackedConfig:
     Attribute, item, ``get`` and ``**section`` count; printing, ``to_dict``, `flatten` and `config_hash` do not.
     """
     return TrackedConfig(config)
+
+
+def overlaid(config: ConfigDict, section: str, source: str) -> ConfigDict:
+    """A locked copy of ``config`` in which each value under ``source`` replaces its namesake in ``section``.
+
+    ``overlaid(c, "objective", "variants.kd")`` has the ``objective.temperature.start`` that ``variants.kd`` gives, and
+    the rest of the objective as it was. In a tracked config the copy records into the same reads, and a value counts as
+    read where it stands. Raises `UserError` for a key that ``section`` does not have, and for a value of another type
+    than the one that it replaces.
+    """
+    known, given = flatten(config[section]), flatten(config[source])
+    copy = ConfigDict(config.to_dict())
+    for key, value in given.items():
+        if key not in known:
+            inside = [k for k in known if k.startswith(f"{key}.")]
+            hint = f": it is a section, give keys such as {inside[0]!r}" if inside else nearest(key, known, cutoff=0)
+            raise UserError(f"config.{source}.{key}: config.{section} has no key {key!r}{hint}")
+        kind = type(known[key])
+        if type(value) is not kind and (kind, type(value)) != (float, int):
+            raise UserError(
+                f"config.{source}.{key} is {value!r}: expected {kind.__name__}, like config.{section}.{key} "
+                f"({known[key]!r})"
+            )
+        place, last = _section(copy, f"{section}.{key}")
+        place[last] = value
+    if isinstance(config, TrackedConfig):
+        origin = {f"{section}.{key}": f"{source}.{key}" for key in given}
+        copy = TrackedConfig(copy, read=config._read, origin=origin)
+    return copy.lock()
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -266,6 +306,8 @@ def _config_file_fault(argument: str, path: str, error: BaseException) -> str:
     frames = traceback.extract_tb(cause.__traceback__)
     lines = [frame.lineno for frame in frames if os.path.abspath(frame.filename) == os.path.abspath(path)]
     where = f"config file {path}" + (f", line {lines[-1]}" if lines else "")
+    if isinstance(cause, UserError):
+        return f"{where}: {cause}"
     if isinstance(cause, AttributeError) and not lines:
         if "get_config" in str(cause):
             return f"{where} defines no get_config()"

@@ -3,7 +3,8 @@
     distil-jax evaluate --config configs/tiny.py
 
 Writes evaluate/manifest.json with one entry for the teacher, the untouched student and every trained student, and the
-paired differences to the control.
+paired differences of every taught student to the models that no teacher taught, to the teacher, and to the rung below
+it (variants.py).
 
 bits_per_byte: the supervised text (a definition, given its question) in bits per byte of UTF-8. Bytes are the same for
     both tokenizers, so teacher and student compare. End-of-sequence tokens have no bytes and are left out.
@@ -16,13 +17,14 @@ teacher's.
 
 import functools
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from distil_jax import learners
+from distil_jax import learners, variants
 from distil_jax.data.loader import Loader
 from distil_jax.eval import bootstrap, likelihood
 from distil_jax.projection import Projection
@@ -30,6 +32,7 @@ from distil_jax.tokens.align import ROOT
 from distil_jax.workdir import Workdir
 
 SPLIT = "test"
+ALWAYS = ("teacher", "student_before")  # scored beside the runs
 
 
 def main(config: ConfigDict) -> dict[str, Any]:
@@ -63,7 +66,7 @@ def main(config: ConfigDict) -> dict[str, Any]:
         for run in config.runs:
             scores[run] = scored("student", *learners.trained(work, run, mesh))
 
-    documents = Documents(rows, tables, len(corpus["specialties"]))
+    documents = Documents(rows, tables)
     results = {
         name: documents.measure(
             "teacher" if name == "teacher" else "student", values, scores["teacher"], first_piece, e
@@ -72,15 +75,22 @@ def main(config: ConfigDict) -> dict[str, Any]:
     }
     facts: dict[str, Any] = {"documents": documents.count, "bytes": int(documents.bytes_D.sum()), "models": results}
     bits = {name: documents.bits(name == "teacher", values["nats"]) for name, values in scores.items()}
+    compared = pairs(config.runs)
     facts["differences"] = {
-        f"{other} - distilled": difference(bits[other], bits["distilled"], documents.bytes_D, e)
-        for other in ("control", "smoothing", "teacher", "student_before")
-        if other in bits
+        f"{other} - {run}": difference(bits[other], bits[run], documents.bytes_D, e) for other, run in compared
     }
+    of_each = documents.of_each(corpus["specialties"])
     facts["bits_per_byte_by_specialty"] = {
-        name: {run: value[i] for run, value in documents.by_specialty(bits).items()}
-        for i, name in enumerate(corpus["specialties"])
-        if documents.bytes_of_specialty()[i] > 0
+        name: {model: float(bits_D[of].sum() / documents.bytes_D[of].sum()) for model, bits_D in bits.items()}
+        for name, of in of_each.items()
+    }
+    facts["differences_by_specialty"] = {
+        name: {
+            f"{other} - {run}": difference(bits[other][of], bits[run][of], documents.bytes_D[of], e)
+            for other, run in compared
+            if other == variants.below(config.runs, run)
+        }
+        for name, of in of_each.items()
     }
     return stage.finish(**facts)
 
@@ -89,6 +99,16 @@ def collect(loader: Loader, e: ConfigDict) -> dict[str, np.ndarray]:
     """The rows that are scored, on the host: field -> [R, L]."""
     batches = list(loader.sweep(e.batch_size, e.rows))
     return {name: np.concatenate([b[name] for b in batches])[: len(loader.spread(e.rows))] for name in batches[0]}
+
+
+def pairs(runs: Sequence[str]) -> list[tuple[str, str]]:
+    """Which models are compared: (the other, a taught run)."""
+    found = []
+    for run in variants.taught(runs):
+        others = [name for name in (*variants.UNTAUGHT, *ALWAYS) if name in (*runs, *ALWAYS)]
+        lower = variants.below(runs, run)
+        found += [(other, run) for other in dict.fromkeys([*others, lower]) if other]
+    return found
 
 
 def difference(bits_D: np.ndarray, minus_D: np.ndarray, bytes_D: np.ndarray, e: ConfigDict) -> dict[str, Any]:
@@ -100,7 +120,7 @@ def difference(bits_D: np.ndarray, minus_D: np.ndarray, bytes_D: np.ndarray, e: 
 class Documents:
     """The test rows, seen as documents: what is needed to turn per-token scores into per-document sums."""
 
-    def __init__(self, rows: dict[str, np.ndarray], tables: dict[str, Any], specialties: int):
+    def __init__(self, rows: dict[str, np.ndarray], tables: dict[str, Any]):
         self.rows = rows
         used = rows["student_segment_ids"] > 0
         ids, inverse = np.unique(rows["document"][used], return_inverse=True)
@@ -118,7 +138,6 @@ class Documents:
         self.roots = (rows["role"] == ROOT) & (self.size["student"] > 0)
         self.specialty_D = np.zeros(self.count, np.int64)
         self.specialty_D[self.index[used]] = rows["specialty"][used]
-        self.specialties = specialties
 
     def _teacher_index(self, used: np.ndarray) -> np.ndarray:
         """Document of each teacher position: segments have the same numbers on both sides of a row."""
@@ -135,13 +154,10 @@ class Documents:
         side, index = ("teacher", self.teacher_index) if of_teacher else ("student", self.index)
         return self._sum(index, nats * (self.size[side] > 0)) / np.log(2)
 
-    def bytes_of_specialty(self) -> np.ndarray:
-        return np.bincount(self.specialty_D, self.bytes_D, minlength=self.specialties)
-
-    def by_specialty(self, bits: dict[str, np.ndarray]) -> dict[str, list[float]]:
-        """Bits per byte of each model in each specialty."""
-        size = np.maximum(self.bytes_of_specialty(), 1)
-        return {run: (np.bincount(self.specialty_D, b, self.specialties) / size).tolist() for run, b in bits.items()}
+    def of_each(self, specialties: Sequence[str]) -> dict[str, np.ndarray]:
+        """Which documents each specialty has, [D] bool, of those that have any."""
+        found = {name: self.specialty_D == i for i, name in enumerate(specialties)}
+        return {name: of for name, of in found.items() if self.bytes_D[of].sum() > 0}
 
     def measure(
         self, side: str, values: dict[str, Any], teacher: dict[str, Any], first_piece: np.ndarray, e: ConfigDict

@@ -1,9 +1,10 @@
-"""Stage 5: the distilled student as a Hugging Face directory that is fit to publish, checked by reading it back.
+"""Stage 5: the student as a Hugging Face directory that is fit to publish, checked by reading it back.
 
     distil-jax export --config configs/tiny.py [--config.export.push_to=owner/Name]
 
-Writes export/NAME/: config.json, generation_config.json, safetensors, the student's tokenizer and chat template,
-README.md (the model card), NOTICE and the licence texts that the student and the teacher demand (docs/export.md).
+Writes export/NAME/ from the run that config.export.run names: config.json, generation_config.json, safetensors, the
+student's tokenizer and chat template, README.md (the model card), NOTICE and the licence texts that the student and the
+teacher demand (docs/export.md).
 """
 
 import json
@@ -32,8 +33,8 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 def main(config: ConfigDict) -> dict[str, Any]:
-    """Exports the distilled student unless that is done, says what came of it, and pushes it if config.export.push_to
-    says where; returns the manifest."""
+    """Exports the student unless that is done, says what came of it, and pushes it if config.export.push_to says where;
+    returns the manifest."""
     facts = make(config)
     if is_first_process():
         print(describe(facts), flush=True)
@@ -46,7 +47,8 @@ def make(config: ConfigDict) -> dict[str, Any]:
     work = Workdir(config)
     if found := work.done("export"):
         return found
-    done = {name: work.require(name) for name in ("corpus", "projection", "distilled", "evaluate")}
+    run = config.export.run
+    done = {name: work.require(name) for name in ("corpus", "projection", run, "evaluate")}
     owed = duties_of(config)
     name = config.export.name
     if name:
@@ -59,7 +61,7 @@ def make(config: ConfigDict) -> dict[str, Any]:
     mesh = learners.mesh_of(config)
     student = config.student.path
     with jax.set_mesh(mesh):
-        model, params = learners.trained(work, "distilled", mesh)
+        model, params = learners.trained(work, run, mesh)
         checks = export_model(
             model,
             params,

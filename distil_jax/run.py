@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from distil_jax import evaluate, export, prepare, project, report, score, train
+from distil_jax import evaluate, export, prepare, project, report, score, train, variants
 from distil_jax.data import scores
 from distil_jax.metrics import is_first_process
 from distil_jax.workdir import Workdir
@@ -20,7 +20,8 @@ from distil_jax.workdir import Workdir
 def main(config: ConfigDict) -> dict[str, Any]:
     """Runs what is not done; returns the summary."""
     work = Workdir(config)
-    scores.check(config)  # before the hours that come first
+    for name in variants.taught(config.runs):
+        scores.check(variants.applied(config, name))  # before the hours that come first
     stages: list[tuple[str, Any]] = [("corpus", prepare.main)]
     if work.teacher_is_trained():
         stages.append(("teacher", lambda c: train.train(c, "teacher")))

@@ -12,41 +12,25 @@ import functools
 import itertools
 import signal
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from distil_jax import learners, lora, sharding
+from distil_jax import learners, lora, recipe, sharding, variants
 from distil_jax.checkpoint import Checkpoints, on_sigterm
 from distil_jax.data import scores
 from distil_jax.data.loader import Loader
 from distil_jax.errors import UserError
 from distil_jax.eval import likelihood
-from distil_jax.losses import attention
-from distil_jax.losses.divergence import checked
-from distil_jax.losses.kd import PlacedTable, place, rows_of
-from distil_jax.losses.schedules import learning_rate, schedule
-from distil_jax.losses.vocabulary import Shards
-from distil_jax.losses.weights import dro_update, parse_weights, specialty_weights
+from distil_jax.losses.schedules import learning_rate
 from distil_jax.metrics import MetricsWriter, Progress, read_metrics
 from distil_jax.models import hub
-from distil_jax.objective import Alignment, Frozen, Loss, Objective
-from distil_jax.projection import Projection
-from distil_jax.step import Reweigh, init_state, make_optimizer, make_step, to_use
+from distil_jax.objective import Loss
+from distil_jax.step import init_state, make_optimizer, make_step, to_use
 from distil_jax.workdir import Workdir
-
-
-class Run(NamedTuple):
-    """What distinguishes one training run from another."""
-
-    name: str
-    side: str  # whose tokens are learned
-    training: ConfigDict
 
 
 def main(config: ConfigDict) -> dict[str, Any]:
@@ -57,33 +41,32 @@ def main(config: ConfigDict) -> dict[str, Any]:
 
 
 def train(config: ConfigDict, name: str) -> dict[str, Any]:
-    """One run, "teacher", "control", "smoothing" or "distilled"; returns its manifest."""
+    """One run, "teacher", "control", "smoothing", "distilled" or a variant; returns its manifest."""
     work = Workdir(config)
     if found := work.done(name):
         return found
     corpus = work.require("corpus")
     stage = work.begin(name)
+    config = variants.applied(config, name)
 
     # ---- models -------------------------------------------------------------------------------------------------
     mesh = learners.mesh_of(config)
     with jax.set_mesh(mesh):
-        run = run_of(config, name)
-        check_training(work, mesh)
-        scores.check(config)
+        run = recipe.run_of(config, name)
+        recipe.check(work, corpus, mesh)
         model, params, own, shardings = learners.learning(work, run.side, mesh)
         tables = learners.tables_of(work)
-        objective, frozen = recipe(config, work, run, model, mesh, corpus, tables)
+        objective, frozen = recipe.make(config, work, run, model, mesh, corpus, tables)
 
         # ---- state --------------------------------------------------------------------------------------------------
         t = run.training
         rate = learning_rate(t.learning_rate, t.warmup, t.steps, t.end_fraction)
         optimizer = make_optimizer(
-            rate, weight_decay=t.weight_decay, clip=t.clip,
-            projection_rate=config.objective.projection_learning_rate / t.learning_rate,
+            rate, weight_decay=t.weight_decay, clip=t.clip, projection_rate=recipe.projection_rate(config, frozen)
         )  # fmt: skip
         parameters, trainable = learners.count(model.abstract_params()), learners.count(params)
-        frozen, reweigh = frozen._replace(own=own), reweighing(config, run, corpus)
-        others = beside_the_model(config, work, model, objective, frozen, tables)
+        frozen, reweigh = frozen._replace(own=own), recipe.reweighing(config, run, corpus)
+        others = recipe.beside_the_model(config, work, model, objective, frozen, tables)
         params |= others
         shardings |= jax.tree.map(lambda _: sharding.replicated(mesh), others)
         start_weights = frozen.specialty_weights_S if reweigh else None
@@ -144,7 +127,7 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
         hub.save_pretrained(model, params, stage.folder / "model", tokenizer=tokenizer, dtype="float32")
         if frozen.rows is not None:
             learned = np.asarray(to_use(state)["projection"])
-            dataclasses.replace(projection_of(work, tables), logits=learned).save(stage.folder / "projection")
+            dataclasses.replace(recipe.projection_of(work, tables), logits=learned).save(stage.folder / "projection")
     return stage.finish(
         steps=t.steps,
         parameters=parameters,
@@ -154,107 +137,6 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
         loop_seconds=seconds_of(stage.folder / "metrics.jsonl"),
         resumed_at=start,
     )
-
-
-def run_of(config: ConfigDict, name: str) -> Run:
-    """The run of that name."""
-    if name == "teacher":
-        return Run(name, "teacher", config.teacher.training)
-    return Run(name, "student", config.student.training)
-
-
-def recipe(config, work, run, model, mesh, corpus, tables) -> tuple[Objective, Frozen]:
-    """What is optimised, and what it reads without learning it."""
-    o, t = config.objective, run.training
-    common = {"block": o.block, "compute_dtype": t.compute_dtype, "remat": t.remat, "mesh": mesh}
-    common["adapter_scale"] = learners.adapter_scale(config, run.side)
-    if run.side == "teacher":
-        return Objective(model, "teacher", **common), Frozen(jnp.ones(1))
-    names = corpus["specialties"]
-    weights = specialty_weights(
-        o.specialty_weighting, parse_weights(o.specialty_weights), names, corpus["supervised_tokens"]
-    )
-    smoothing = o.label_smoothing if run.name == "smoothing" else 0.0
-    if run.name != "distilled":
-        return Objective(model, label_smoothing=smoothing, **common), Frozen(jnp.asarray(weights))
-    work.require("projection")
-    projection = projection_of(work, tables)
-    distilling = common | {
-        "alpha": schedule(o.alpha.kind, o.alpha.start, o.alpha.end, t.steps),
-        "temperature": schedule(o.temperature.kind, o.temperature.start, o.temperature.end, t.steps),
-        "divergence": checked(o.divergence),
-        "skew": o.skew,
-        "top_k": o.top_k,
-        "keep": o.projection_keep,
-    }
-    learned = projection.rows() if o.learn_projection else None
-    weights = jnp.asarray(weights)
-    if work.scores_are_stored():
-        temperatures = tuple(work.require("scores")["temperatures"])
-        W = jax.device_put(projection.rows(), sharding.replicated(mesh))
-        return Objective(model, scores=temperatures, **distilling), Frozen(weights, projection=W, rows=learned)
-    teacher, teacher_params = learners.teacher(work, mesh, config.teacher.dtype)
-    shards = Shards.of(mesh)
-    table, rows = place(projection.table(), shards), None
-    if shards.size > 1:
-        lies = jax.tree.map(lambda spec: NamedSharding(mesh, spec), PlacedTable.specs(shards))
-        table = jax.device_put(table, lies)
-        rows = jax.jit(rows_of, out_shardings=lies.weights)(teacher.unembedding(teacher_params), table)
-    inside = alignment_of(o, model, teacher, t.steps)
-    objective = Objective(model, teacher=teacher, alignment=inside, **distilling)
-    return objective, Frozen(weights, teacher_params, table, learned, rows)
-
-
-def beside_the_model(
-    config: ConfigDict, work: Workdir, model: Any, objective: Objective, frozen: Frozen, tables: dict[str, Any]
-) -> dict[str, Any]:
-    """What learns beside the model, by part (objective.Loss), at the start of a run."""
-    parts: dict[str, Any] = {}
-    if frozen.rows is not None:
-        parts["projection"] = jnp.asarray(projection_of(work, tables).logits)
-    if objective.alignment:
-        a, key = objective.alignment, jax.random.fold_in(jax.random.key(config.seed), learners.SEED_OF["alignment"])
-        mixed = config.objective.attention.heads == "mixed"
-        learned = attention.init(key, a.pairs, model, objective.teacher, mixed=mixed, hidden=a.hidden_weight > 0)
-        parts |= {"alignment": learned} if learned else {}
-    return parts
-
-
-def alignment_of(o: ConfigDict, student: Any, teacher: Any, steps: int) -> Alignment | None:
-    """What of the inside of the models is aligned; None, at no cost, where both weights are 0 throughout."""
-    if o.attention.heads not in ("mean", "mixed"):
-        raise UserError(f"objective.attention.heads is {o.attention.heads!r}; use 'mean' or 'mixed'")
-    pairs = attention.choose(
-        student, teacher, count=o.attention.pairs,
-        student_layers=o.attention.student_layers, teacher_layers=o.attention.teacher_layers,
-    )  # fmt: skip
-    if min(o.beta.start, o.beta.end, o.hidden_states) < 0:
-        raise UserError("objective.beta and objective.hidden_states are weights: give numbers of at least 0")
-    if o.beta.start == o.beta.end == o.hidden_states == 0:
-        return None
-    return Alignment(pairs, schedule(o.beta.kind, o.beta.start, o.beta.end, steps), o.hidden_states)
-
-
-def projection_of(work: Workdir, tables: dict[str, Any]) -> Projection:
-    """W as it was built and fitted."""
-    return Projection.load(work / "projection", teacher=tables["teacher"], student=tables["student"])
-
-
-def reweighing(config: ConfigDict, run: Run, corpus: dict[str, Any]) -> Reweigh | None:
-    """What drives the specialty weights of a run, if anything does."""
-    kind, rate = config.objective.specialty_weighting, config.objective.dro_rate
-    if rate <= 0:
-        raise UserError(f"objective.dro_rate={rate} is a number above 0, such as 0.01")
-    if run.side == "teacher" or kind != "dro":
-        return None
-    tokens = np.asarray(corpus["supervised_tokens"], np.float64)
-    return functools.partial(dro_update, share_S=tokens / tokens.sum(), rate=rate)
-
-
-def check_training(work: Workdir, mesh: Any) -> None:
-    """Raises UserError now for settings that the last run of a recipe would stumble over."""
-    for side in (("teacher",) if work.teacher_is_trained() else ()) + ("student",):
-        learners.check_learning(work, side, mesh)
 
 
 def placed(state: dict[str, Any], optimizer: optax.GradientTransformation, shardings: Any, mesh: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@
     teacher/              train         the made or adapted teacher: checkpoints, metrics.jsonl, model/
     scores/               score         what the teacher says of the training shards; only with teacher.scores=stored
     projection/           project       W, its fit and its measures
-    control/ smoothing/ distilled/      train: a student each, as for the teacher
+    control/ smoothing/ distilled/      train: a student each, as for the teacher, and one for each variant by its name
     evaluate/ export/ report/ summary.json
 
 A stage's key is a hash of the config that it reads and of the keys of the stages it builds on. Its `manifest.json` is
@@ -19,28 +19,43 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import distil_jax
-from distil_jax import manifest
+from distil_jax import manifest, variants
 from distil_jax.config import config_hash, flatten
 from distil_jax.errors import UserError
 from distil_jax.metrics import peak_memory_bytes
+from distil_jax.variants import UNTAUGHT
 
-STUDENT_RUNS = ("control", "smoothing", "distilled")
-STUDENT = ("student.shape", "student.training", "student.lora")
+STUDENT = ("seed", "student.shape", "student.training", "student.lora", "objective", "evaluation.curve_rows")
 # The config that each stage reads (dotted; a whole subtree or one key), and the stages that it builds on.
 READS: dict[str, tuple[str, ...]] = {
     "corpus": ("data", "teacher.path", "teacher.vocab_size", "student.path", "student.vocab_size"),
     "teacher": ("seed", "teacher.shape", "teacher.adapt", "teacher.training", "evaluation.curve_rows"),
     "scores": ("score", "teacher.dtype", "student.training.compute_dtype"),
     "projection": ("seed", "projection", "evaluation.bootstrap", "evaluation.rows"),
-    **{run: ("seed", *STUDENT, "objective", "evaluation.curve_rows", "teacher.dtype") for run in STUDENT_RUNS},
+    **dict.fromkeys(UNTAUGHT, STUDENT),
+    "distilled": (*STUDENT, "teacher.dtype"),  # and every variant, with the objective as the variant changes it
     "evaluate": ("evaluation", "runs"),
     # Not where it is pushed to: that changes no file.
-    "export": ("export.dtype", "export.name", "export.licence_files", "teacher.licence", "student.licence"),
+    "export": (
+        *("export.run", "export.dtype", "export.name", "export.licence_files"),
+        *("teacher.licence", "student.licence"),
+    ),
     "report": (),
+}
+# What a stage leaves unread of that. A key that is new stands in every key until it is named here.
+TEACHING = (
+    *("objective.alpha", "objective.temperature", "objective.divergence", "objective.skew", "objective.top_k"),
+    *("objective.learn_projection", "objective.projection_learning_rate", "objective.projection_keep"),
+    *("objective.beta", "objective.attention", "objective.hidden_states"),
+)
+UNREAD: dict[str, tuple[str, ...]] = {
+    "control": (*TEACHING, "objective.label_smoothing"),
+    "smoothing": TEACHING,
+    "distilled": ("objective.label_smoothing",),
 }
 # The command that makes a stage, where it has another name.
 COMMAND = {"corpus": "prepare", "projection": "project", "scores": "score"}
-COMMAND |= dict.fromkeys(("teacher", *STUDENT_RUNS), "train")
+COMMAND |= dict.fromkeys(("teacher", *UNTAUGHT, "distilled"), "train")
 
 
 class Workdir:
@@ -49,9 +64,7 @@ class Workdir:
     def __init__(self, config: ConfigDict):
         self.config = config
         self.root = Path(config.workdir)
-        unknown = [run for run in config.runs if run not in STUDENT_RUNS]
-        if unknown or "distilled" not in config.runs:
-            raise UserError(f"config.runs is {tuple(config.runs)}: any of {', '.join(STUDENT_RUNS)}, with distilled")
+        variants.check(config)
 
     def __truediv__(self, name: str) -> Path:
         return self.root / name
@@ -76,16 +89,20 @@ class Workdir:
             "smoothing": ("corpus",),
             "distilled": ("projection", *(("scores",) if self.scores_are_stored() else ())),
             "evaluate": ("projection", *self.config.runs),
-            "export": ("distilled", "evaluate"),  # its card tells the results
+            "export": (self.config.export.run, "evaluate"),  # its card tells the results
             "report": ("evaluate", "export"),
-        }[stage]
+        }[self._kind(stage)]
+
+    def _kind(self, stage: str) -> str:
+        """The stage as READS and `inputs` name it: a variant is made as distilled is."""
+        return "distilled" if stage in self.config.variants else stage
 
     def key(self, stage: str) -> str:
         """What must not change for the folder of `stage` to stay valid."""
-        leaves = flatten(self.config)
-        config = {
-            k: v for k, v in leaves.items() if any(k == name or k.startswith(f"{name}.") for name in READS[stage])
-        }
+        kind = self._kind(stage)
+        read, unread = READS[kind], UNREAD.get(kind, ())
+        leaves = flatten(variants.applied(self.config, stage))
+        config = {k: v for k, v in leaves.items() if _stands_in(k, read) and not _stands_in(k, unread)}
         facts = [self.key(other) for other in self.inputs(stage)]
         if stage == "corpus":
             facts += [_file_facts("config.data.files", name) for name in files_of(self.config)]
@@ -103,7 +120,7 @@ class Workdir:
         """The manifest of a stage that must be finished by now. Raises UserError otherwise."""
         found = self.done(stage)
         if found is None:
-            command = COMMAND.get(stage, stage)
+            command = COMMAND.get(self._kind(stage), stage)
             raise UserError(
                 f"{self.root / stage} is missing or belongs to another config: run `distil-jax {command}` with this "
                 "config first, or `distil-jax run`, which does every stage in order"
@@ -140,6 +157,11 @@ class Stage:
         facts["peak_memory_bytes"] = peak_memory_bytes()
         manifest.write(self.folder, self.key, **facts)
         return facts | {"key": self.key}
+
+
+def _stands_in(key: str, names: tuple[str, ...]) -> bool:
+    """Whether a dotted key is one of `names`, or stands in a section that is."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def files_of(config: ConfigDict) -> list[str]:

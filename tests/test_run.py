@@ -8,16 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
+from safetensors.numpy import load_file
 
 import distil_jax as dj
 from distil_jax import cli, evaluate, learners, manifest, prepare, report, run, train
-from distil_jax.config import load_config, track_reads
+from distil_jax.config import flatten, load_config, track_reads
 from distil_jax.data import hpo
 from distil_jax.data.loader import Loader
 from distil_jax.data.sources import Quarantine
@@ -26,6 +29,7 @@ from distil_jax.eval import likelihood
 from distil_jax.metrics import read_metrics
 from distil_jax.models.int8 import cast
 from distil_jax.projection import Projection
+from distil_jax.tables import models_of
 from distil_jax.tokens.align import ROOT, align_ids
 from distil_jax.workdir import Workdir
 
@@ -60,11 +64,17 @@ SMALL = {
     "evaluation.answer_tokens": 4,
 }
 
+HOT = 3.0  # what the variant changes
+
 
 def config_of(workdir, files="", **overrides):
+    """The tiny recipe, small, with a variant for those who train it."""
     settings = SMALL | {"workdir": workdir, "data.files": files} | overrides
     arguments = [f"--config.{key}={value}" for key, value in settings.items()]
-    return load_config(["--config", str(PROJECT / "configs" / "tiny.py"), *arguments])[0]
+    config = load_config(["--config", str(PROJECT / "configs" / "tiny.py"), *arguments])[0]
+    with config.unlocked():
+        config.variants.hot = ConfigDict({"temperature": {"start": HOT}})
+    return config
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +98,8 @@ def definitions(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, definitions):
     """A whole run, with the config keys that nothing read."""
-    config = track_reads(config_of(tmp_path_factory.mktemp("run") / "work", definitions))
+    runs = "control,smoothing,distilled,hot"
+    config = track_reads(config_of(tmp_path_factory.mktemp("run") / "work", definitions, runs=runs))
     summary = run.main(config)
     return config, summary, config.unread()
 
@@ -201,10 +212,30 @@ def test_a_second_run_skips_everything_and_a_changed_key_remakes_only_what_reads
     assert before == {stage: (work / stage / "manifest.json").stat().st_mtime_ns for stage in STAGES}
     changed = Workdir(config_of(config.workdir, config.data.files, **{"objective.alpha.start": 0.9}))
     still = {stage for stage in STAGES if changed.done(stage)}
-    assert still == {"corpus", "teacher", "projection"}  # every student reads the objective
+    assert still == {"corpus", "teacher", "projection", "control", "smoothing"}  # those without a teacher have no alpha
 
 
-STAGES = ("corpus", "teacher", "projection", "control", "smoothing", "distilled", "evaluate", "export", "report")
+STAGES = ("corpus", "teacher", "projection", "control", "smoothing", "distilled", "hot", "evaluate", "export", "report")
+# Read in training, and no part of what is made: where, on what, beside which other runs, in which pieces it is scored.
+HOW_NOT_WHAT = {"workdir", "mesh.data", "mesh.fsdp", "mesh.tensor", "runs", "export.run", "evaluation.batch_size"}
+HOW_NOT_WHAT |= {"data.files"}  # in the key by size and time of each file
+HOW_NOT_WHAT |= {"teacher.adapt"}  # says which stages there are; in the keys of those that need the teacher
+
+
+def read_but_not_in_the_key(config, run):
+    """The keys that training a run has read although its folder would stay valid if they changed."""
+    key = Workdir(config).key(run)
+
+    def matters(name):
+        changed = ConfigDict(config.to_dict())
+        section, _, last = name.rpartition(".")
+        place = changed[section] if section else changed
+        value = place[last]
+        place[last] = value + "x" if isinstance(value, str) else not value if isinstance(value, bool) else value + 1
+        return Workdir(changed).key(run) != key
+
+    read = flatten(config).keys() - set(config.unread()) - HOW_NOT_WHAT
+    return {name for name in read if not matters(name)}
 
 
 def result_of(folder):
@@ -216,8 +247,6 @@ def result_of(folder):
 @pytest.fixture(scope="session")
 def corpus_only(finished, tmp_path_factory):
     """Makes work folders that hold the finished stages before the students, for training runs of their own."""
-    import shutil
-
     config, *_ = finished
 
     def make(**overrides):
@@ -230,16 +259,90 @@ def corpus_only(finished, tmp_path_factory):
 
 
 def test_the_same_seed_repeats_the_run_and_another_seed_does_not(finished, corpus_only):
-    config = corpus_only()
+    config = track_reads(corpus_only())
     train.train(config, "distilled")
+    assert not read_but_not_in_the_key(config, "distilled")
     first, again = result_of(Path(finished[0].workdir) / "distilled"), result_of(Path(config.workdir) / "distilled")
     assert first == again
     other = corpus_only(seed=1)
     with pytest.raises(UserError, match="run `distil-jax"):
         train.train(other, "distilled")  # the teacher and W belong to seed 0
+    other = track_reads(other)
     train.train(other, "control")
+    assert not read_but_not_in_the_key(other, "control")
     control = Path(finished[0].workdir) / "control"
     assert result_of(Path(other.workdir) / "control")[1] != result_of(control)[1]
+
+
+def test_a_variant_is_the_distilled_student_of_its_own_objective(finished, corpus_only):
+    config, summary, _ = finished
+    work, same = Workdir(config), corpus_only(**{"objective.temperature.start": HOT})
+    train.train(same, "distilled")
+    assert result_of(work / "hot") == result_of(Path(same.workdir) / "distilled")
+    assert result_of(work / "hot") != result_of(work / "distilled")
+    hot = read_metrics(work / "hot" / "metrics.jsonl")
+    assert [m["temperature"] for m in hot if m["step"] == 1 and "loss" in m] == [HOT]
+    # It stands in every result, beside the control and the rung below.
+    models = models_of(summary)
+    assert list(models) == ["teacher", "student_before", "control", "smoothing", "distilled", "hot"]
+    others = ("control", "smoothing", "teacher", "student_before")
+    names = [*(f"{o} - distilled" for o in others), *(f"{o} - hot" for o in (*others, "distilled"))]
+    assert list(summary["differences"]) == names
+    for name in names:
+        one, other = (models[model]["bits_per_byte"] for model in name.split(" - "))
+        assert summary["differences"][name]["bits_per_byte"] == pytest.approx(one - other)
+    assert set(summary["seconds_per_step"]) == {"control", "smoothing", "distilled", "hot"}
+    assert all(0 < seconds < 60 for seconds in summary["seconds_per_step"].values())
+    page = (work / "report" / "index.html").read_text()
+    assert "student, hot" in page and f"hot: temperature.start {HOT}" in page and "Rung by rung" in page
+
+
+def test_the_parts_of_the_test_text_are_the_whole(finished):
+    """Specialties: bits per byte and differences, weighted by bytes, sum to those of all documents."""
+    config, summary, _ = finished
+    work = Workdir(config)
+    evaluated = work.require("evaluate")
+    documents = map(json.loads, (work / "corpus" / "documents.jsonl").read_text().splitlines())
+    size = Counter()
+    for d in (d for d in documents if d["split"] == "test"):
+        size[d["specialty"]] += len(d["completion"].encode())
+    by = evaluated["bits_per_byte_by_specialty"]
+    assert (
+        by.keys() == size.keys() == evaluated["differences_by_specialty"].keys()
+        and sum(size.values()) == evaluated["bytes"]
+    )
+    for model, measures in models_of(summary).items():
+        total = sum(size[name] * by[name][model] for name in size)
+        assert total / evaluated["bytes"] == pytest.approx(measures["bits_per_byte"], rel=1e-9)
+    for name, differences in evaluated["differences_by_specialty"].items():
+        assert list(differences) == ["control - distilled", "distilled - hot"]
+        low, high = differences["distilled - hot"]["interval"]
+        assert by[name]["distilled"] - by[name]["hot"] == pytest.approx(differences["distilled - hot"]["bits_per_byte"])
+        assert low <= high
+
+
+def test_a_rung_that_would_fail_stops_the_first_run(corpus_only):
+    config = corpus_only(runs="control,distilled,hot")
+    with config.unlocked():
+        config.variants.hot.temperature.start = 0.5  # below the end
+    with pytest.raises(UserError, match="hot: an exponential schedule falls"):
+        train.train(config, "control")
+
+
+def test_another_run_is_exported_without_training_anything(finished, tmp_path):
+    config, summary, _ = finished
+    shutil.copytree(config.workdir, tmp_path / "work")
+    runs = "control,smoothing,distilled,hot"
+    other = config_of(tmp_path / "work", config.data.files, runs=runs, **{"export.run": "hot"})
+    work = Workdir(other)
+    assert [stage for stage in STAGES if not work.done(stage)] == ["export", "report"]
+    again = run.main(other)
+    weights = load_file(Path(again["export"]) / "model.safetensors")
+    for name, array in load_file(work / "hot" / "model" / "model.safetensors").items():
+        np.testing.assert_array_equal(weights[name], array)
+    assert again["difference"]["of"] == "control - hot" and again["differences"] == summary["differences"]
+    card = (Path(again["export"]) / "README.md").read_text()
+    assert f"temperature tau {HOT} to 1.0" in card and "distilled - hot" in card and "control - distilled" not in card
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
@@ -344,7 +447,7 @@ def test_bad_input_is_one_line_that_names_it(tmp_path, definitions):
     assert "tokenizer" in bad(tmp_path, definitions, **{"teacher.path": folder})
     assert "nowhere" in bad(tmp_path, definitions, **{"student.path": tmp_path / "nowhere"})
     assert "student_length" in bad(tmp_path, definitions, **{"data.student_length": 4, "data.teacher_length": 4})
-    with pytest.raises(UserError, match="control, smoothing, distilled"):
+    with pytest.raises(UserError, match="export.run is 'distilled', which config.runs .*'control'"):
         Workdir(config_of(tmp_path / "work", definitions, runs="control"))
 
 

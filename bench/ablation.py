@@ -1,0 +1,105 @@
+"""The ladder of configs/tiny.py:ablation over several seeds, as one table in Markdown (docs/ablation.md).
+
+    python bench/ablation.py [--seeds=0,1,2] [--workdir=work/ablation] [--config.KEY=VALUE ...]
+
+Each seed is a whole run in WORKDIR/seedN, one after the other, corpus and teacher included, in a process of its own.
+What is done is skipped, as always; so the table of finished runs costs seconds. It goes to standard output and to
+WORKDIR/ablation.md.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from distil_jax import variants
+from distil_jax.config import load_config
+from distil_jax.losses.weights import parse_weights
+from distil_jax.tables import gain, models_of
+
+CONFIG = str(Path(__file__).resolve().parent.parent / "configs" / "tiny.py") + ":ablation"
+
+
+def main(arguments: Sequence[str]) -> None:
+    given = [a for a in arguments if not a.startswith(("--seeds=", "--workdir="))]
+    options = {"--seeds": "0,1,2", "--workdir": "work/ablation"}
+    options |= dict(a.split("=", 1) for a in arguments if a not in given)
+    config = load_config(["--config", CONFIG, *given])[0]  # a wrong key ends it here
+    folder = Path(options["--workdir"])
+    results = {}
+    for seed in map(int, options["--seeds"].split(",")):
+        place = folder / f"seed{seed}"
+        overrides = [*given, f"--config.seed={seed}", f"--config.workdir={place}"]
+        command = [sys.executable, "-m", "distil_jax", "run", "--config", CONFIG, *overrides]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        results[seed] = read(place)
+    given_weights = [config.variants[run].get("specialty_weights", "") for run in config.variants]
+    text = table(results, list(dict.fromkeys(name for weights in given_weights for name in parse_weights(weights))))
+    (folder / "ablation.md").write_text(text, encoding="utf-8")
+    print(text, end="")
+
+
+def read(place: Path) -> dict[str, Any]:
+    """The summary of a finished run, with its differences by specialty."""
+    evaluated = json.loads((place / "evaluate" / "manifest.json").read_text(encoding="utf-8"))
+    summary = json.loads((place / "summary.json").read_text(encoding="utf-8"))
+    return summary | {"differences_by_specialty": evaluated["differences_by_specialty"]}
+
+
+def table(results: dict[int, dict[str, Any]], specialties: Sequence[str] = ()) -> str:
+    """A row for each rung and seed and, of several seeds, one with means and ranges.
+
+    specialties: those that get a column of what a rung gained over the one below it there.
+    """
+    runs = next(iter(results.values()))["runs"]
+    columns = ["rung", "seed", "bits per byte", "control - it", "the rung below - it"]
+    columns += [f"the rung below - it, in {name}" for name in specialties] + ["seconds a step", "of the control's"]
+    lines = [columns, ["---"] * len(columns)]
+    for run in ("teacher", *runs):
+        bits = {seed: models_of(r)[run]["bits_per_byte"] for seed, r in results.items()}
+        seconds = {seed: r["seconds_per_step"].get(run) for seed, r in results.items()}
+        times = {seed: s and s / results[seed]["seconds_per_step"]["control"] for seed, s in seconds.items()}
+        gained = gains(results, runs, run, specialties)
+        for seed in results:
+            cells = [gain(column.get(seed)) for column in gained]
+            row = [run, str(seed), f"{bits[seed]:.4f}", *cells, shown(seconds[seed], "{:.3f}")]
+            lines.append([*row, shown(times[seed], "{:.2f}")])
+        if len(results) > 1:
+            cells = [spread([d["bits_per_byte"] for d in column.values()], "{:+.4f}") for column in gained]
+            row = [run, "mean [range]", spread(bits.values(), "{:.4f}"), *cells]
+            lines.append([*row, spread(seconds.values(), "{:.3f}"), spread(times.values(), "{:.2f}")])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def gains(
+    results: dict[int, dict[str, Any]], runs: Sequence[str], run: str, specialties: Sequence[str]
+) -> list[dict[int, Any]]:
+    """The columns of differences of one run, each by seed: to the control, to the rung below, and that by specialty."""
+    if run not in variants.taught(runs):
+        return [{}] * (2 + len(specialties))
+    below = f"{variants.below(runs, run)} - {run}"
+    columns: list[Callable[[dict[str, Any]], Any]] = [
+        lambda r: r["differences"][f"control - {run}"],
+        lambda r: r["differences"][below],
+        *(lambda r, name=name: r["differences_by_specialty"][name][below] for name in specialties),
+    ]
+    return [{seed: column(r) for seed, r in results.items()} for column in columns]
+
+
+def spread(values: Any, form: str) -> str:
+    """The mean of some numbers and, in brackets, the least and the largest; nothing for none."""
+    numbers = [v for v in values if v is not None]
+    if not numbers:
+        return ""
+    mean, low, high = sum(numbers) / len(numbers), min(numbers), max(numbers)
+    return f"{form.format(mean)} [{form.format(low)}, {form.format(high)}]"
+
+
+def shown(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,121 @@
+"""The result of a run as one self-contained HTML file: table, curves, alignment, answers."""
+
+import html
+import io
+import itertools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from distil_jax.config import flatten
+from distil_jax.metrics import read_metrics
+from distil_jax.tables import label_of, ladder_rows, models_of, table_rows, verdict
+from distil_jax.workdir import Workdir
+
+COLORS = {"teacher": "#7f7f7f", "control": "#1f77b4", "smoothing": "#ff7f0e", "distilled": "#2ca02c"}
+# Of the variants, in their order; when the colours are used up, the next kind of line begins with the first again.
+OTHER_COLORS = ("#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#000000", "#98df8a")
+LINES = ("-", "--", ":", "-.")
+
+
+def page(config: ConfigDict, work: Workdir, summary: dict[str, Any], answers: list[dict[str, str]]) -> str:
+    """One self-contained HTML file."""
+    e = html.escape
+    told = []
+    for answer in answers:
+        told.append(f"<h3>{e(answer['prompt'])}</h3><dl>")
+        for name in ("reference", "teacher", *config.runs):
+            label = name if name == "reference" else label_of(name)
+            told.append(f"<dt>{e(label)}</dt><dd>{e(answer[name])}</dd>")
+        told.append("</dl>")
+    provenance = summary["corpus"]["provenance"]
+    sources = "".join(f"<li>{e(k)}: {e(v)}</li>" for k, v in provenance.items() if isinstance(v, str))
+    by_role = ", ".join(f"{role} {summary['alignment'][role]:.1%}" for role in ("root", "interior", "crossing"))
+    shown = ("projection", "seconds", "seconds_per_step", "peak_memory_bytes", "versions", "seed")
+    facts = {k: summary[k] for k in shown}
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{e(str(work.root))}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+table {{ border-collapse: collapse; font-size: 14px }} td, th {{ padding: .3rem .7rem; border-bottom: 1px solid #ddd }}
+td:not(:first-child) {{ text-align: right }} dt {{ font-weight: 600 }} dd {{ margin: 0 0 .4rem 1rem }}
+pre {{ background: #f6f6f6; padding: 1rem; overflow: auto; font-size: 12px }} svg {{ max-width: 100%; height: auto }}
+h3 {{ white-space: pre-wrap; font-size: 15px; margin-bottom: .2rem }}
+</style>
+<h1>{e(str(work.root))}</h1>
+<p>{e(verdict(summary))}</p>
+{table(table_rows(models_of(summary)))}
+{ladder(config, summary)}
+<p>Research only: nothing here has been evaluated for clinical use.</p>
+<h2>Curves</h2>
+{curves(config, work)}
+<h2>Alignment</h2>
+<p>Supervised student tokens of the test split by role: {e(by_role)}.</p>
+<h2>Answers to held-out questions</h2>
+{"".join(told)}
+<h2>Facts</h2>
+<ul>{sources}</ul>
+<pre>{e(json.dumps(facts, indent=2))}</pre>
+</html>
+"""
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Text cells, header first, as HTML."""
+    cells = lambda row, tag: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)  # noqa: E731
+    lines = [cells(rows[0], "th"), *(cells(row, "td") for row in rows[1:])]
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+def ladder(config: ConfigDict, summary: dict[str, Any]) -> str:
+    """What each rung gained, and what each variant changes in the objective; nothing where there are no variants."""
+    rows = ladder_rows(summary)
+    gains = f"<h2>Rung by rung</h2><p>Bits per byte, paired by document; above 0: it is better.</p>{table(rows)}"
+    chosen = [run for run in config.runs if run in config.variants]
+    changes = [f"{run}: " + ", ".join(f"{k} {v}" for k, v in flatten(config.variants[run]).items()) for run in chosen]
+    items = "".join(f"<li>{html.escape(change)}</li>" for change in changes)
+    listed = f"<p>What each variant sets in the objective:</p><ul>{items}</ul>"
+    return (gains if len(rows) > 1 else "") + (listed if changes else "")
+
+
+def curves(config: ConfigDict, work: Workdir) -> str:
+    """Held-out bits per byte, cross-entropy and KL over the steps of every run, as SVG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    runs = (("teacher",) if work.teacher_is_trained() else ()) + tuple(config.runs)
+    metrics = {run: read_metrics(work / run / "metrics.jsonl") for run in runs}
+    look = looks(runs)
+    panels = (
+        ("validation_bits_per_byte", "validation, bits per byte"),
+        ("ce", "training cross-entropy, nats per own token"),
+        ("kl_at_1", "KL to the projected teacher at tau = 1, nats"),
+    )
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(15, 4.6), constrained_layout=True)
+    for axis, (key, title) in zip(axes, panels, strict=True):
+        for run, lines in metrics.items():
+            points = [(m["step"], m[key]) for m in lines if key in m and m["step"] > 0]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=run, linewidth=1.3, **look[run])
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+    handles, labels = axes[0].get_legend_handles_labels()  # every run has this curve
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(runs), 8), frameon=False)
+    out = io.StringIO()
+    figure.savefig(out, format="svg")
+    pyplot.close(figure)
+    return out.getvalue()[out.getvalue().index("<svg") :]
+
+
+def looks(runs: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Colour and kind of line of each run's curves; no two runs look the same, up to 32 variants."""
+    others = itertools.product(LINES, OTHER_COLORS)
+    found = {}
+    for run in runs:
+        line, color = ("-", COLORS[run]) if run in COLORS else next(others)
+        found[run] = {"color": color, "linestyle": line}
+    return found

@@ -1,0 +1,165 @@
+"""From a config to what a run optimises: its objective, what the loss reads, what learns beside the model."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from distil_jax import learners, sharding, variants
+from distil_jax.data import scores
+from distil_jax.errors import UserError
+from distil_jax.losses import attention
+from distil_jax.losses.divergence import checked
+from distil_jax.losses.kd import PlacedTable, place, rows_of
+from distil_jax.losses.schedules import schedule
+from distil_jax.losses.vocabulary import Shards
+from distil_jax.losses.weights import dro_update, parse_weights, specialty_weights
+from distil_jax.objective import Alignment, Frozen, Objective
+from distil_jax.projection import Projection
+from distil_jax.step import Reweigh
+from distil_jax.workdir import Workdir
+
+
+class Run(NamedTuple):
+    """What distinguishes one training run from another."""
+
+    name: str
+    side: str  # whose tokens are learned
+    training: ConfigDict
+
+
+def run_of(config: ConfigDict, name: str) -> Run:
+    """The run of that name."""
+    if name == "teacher":
+        return Run(name, "teacher", config.teacher.training)
+    return Run(name, "student", config.student.training)
+
+
+def make(
+    config: ConfigDict,
+    work: Workdir,
+    run: Run,
+    model: Any,
+    mesh: Mesh,
+    corpus: dict[str, Any],
+    tables: dict[str, Any],
+) -> tuple[Objective, Frozen]:
+    """What is optimised, and what it reads without learning it."""
+    o, t = config.objective, run.training
+    common = {"block": o.block, "compute_dtype": t.compute_dtype, "remat": t.remat, "mesh": mesh}
+    common["adapter_scale"] = learners.adapter_scale(config, run.side)
+    if run.side == "teacher":
+        return Objective(model, "teacher", **common), Frozen(jnp.ones(1))
+    weights = jnp.asarray(weights_of(o, corpus))
+    if run.name in variants.UNTAUGHT:
+        smoothing = o.label_smoothing if run.name == "smoothing" else 0.0
+        return Objective(model, label_smoothing=smoothing, **common), Frozen(weights)
+    work.require("projection")
+    projection = projection_of(work, tables)
+    learned = projection.rows() if o.learn_projection else None
+    common |= teaching(o, t.steps)
+    if work.scores_are_stored():
+        temperatures = tuple(work.require("scores")["temperatures"])
+        W = jax.device_put(projection.rows(), sharding.replicated(mesh))
+        return Objective(model, scores=temperatures, **common), Frozen(weights, projection=W, rows=learned)
+    teacher, teacher_params = learners.teacher(work, mesh, config.teacher.dtype)
+    shards = Shards.of(mesh)
+    table, rows = place(projection.table(), shards), None
+    if shards.size > 1:
+        lies = jax.tree.map(lambda spec: NamedSharding(mesh, spec), PlacedTable.specs(shards))
+        table = jax.device_put(table, lies)
+        rows = jax.jit(rows_of, out_shardings=lies.weights)(teacher.unembedding(teacher_params), table)
+    objective = Objective(model, teacher=teacher, alignment=alignment_of(o, model, teacher, t.steps), **common)
+    return objective, Frozen(weights, teacher_params, table, learned, rows)
+
+
+def teaching(o: ConfigDict, steps: int) -> dict[str, Any]:
+    """What the objective of a taught run says of its teacher's words."""
+    return {
+        "alpha": schedule(o.alpha.kind, o.alpha.start, o.alpha.end, steps),
+        "temperature": schedule(o.temperature.kind, o.temperature.start, o.temperature.end, steps),
+        "divergence": checked(o.divergence),
+        "skew": o.skew,
+        "top_k": o.top_k,
+        "keep": o.projection_keep,
+    }
+
+
+def alignment_of(o: ConfigDict, student: Any, teacher: Any, steps: int) -> Alignment | None:
+    """What of the inside of the models is aligned; None, at no cost, where both weights are 0 throughout."""
+    if o.attention.heads not in ("mean", "mixed"):
+        raise UserError(f"objective.attention.heads is {o.attention.heads!r}; use 'mean' or 'mixed'")
+    pairs = attention.choose(
+        student, teacher, count=o.attention.pairs,
+        student_layers=o.attention.student_layers, teacher_layers=o.attention.teacher_layers,
+    )  # fmt: skip
+    if min(o.beta.start, o.beta.end, o.hidden_states) < 0:
+        raise UserError("objective.beta and objective.hidden_states are weights: give numbers of at least 0")
+    if o.beta.start == o.beta.end == o.hidden_states == 0:
+        return None
+    return Alignment(pairs, schedule(o.beta.kind, o.beta.start, o.beta.end, steps), o.hidden_states)
+
+
+def weights_of(o: ConfigDict, corpus: dict[str, Any]) -> np.ndarray:
+    """The weight of each specialty of the corpus, [S]."""
+    given = parse_weights(o.specialty_weights)
+    return specialty_weights(o.specialty_weighting, given, corpus["specialties"], corpus["supervised_tokens"])
+
+
+def reweighing(config: ConfigDict, run: Run, corpus: dict[str, Any]) -> Reweigh | None:
+    """What drives the specialty weights of a run, if anything does."""
+    if run.side == "teacher" or config.objective.specialty_weighting != "dro":
+        return None
+    tokens = np.asarray(corpus["supervised_tokens"], np.float64)
+    return functools.partial(dro_update, share_S=tokens / tokens.sum(), rate=config.objective.dro_rate)
+
+
+def projection_of(work: Workdir, tables: dict[str, Any]) -> Projection:
+    """W as it was built and fitted."""
+    return Projection.load(work / "projection", teacher=tables["teacher"], student=tables["student"])
+
+
+def projection_rate(config: ConfigDict, frozen: Frozen) -> float:
+    """The learning rate of a W that learns, in that of the student."""
+    if frozen.rows is None:
+        return 1.0
+    return config.objective.projection_learning_rate / config.student.training.learning_rate
+
+
+def beside_the_model(
+    config: ConfigDict, work: Workdir, model: Any, objective: Objective, frozen: Frozen, tables: dict[str, Any]
+) -> dict[str, Any]:
+    """What learns beside the model, by part (objective.Loss), at the start of a run."""
+    parts: dict[str, Any] = {}
+    if frozen.rows is not None:
+        parts["projection"] = jnp.asarray(projection_of(work, tables).logits)
+    if objective.alignment:
+        a, key = objective.alignment, jax.random.fold_in(jax.random.key(config.seed), learners.SEED_OF["alignment"])
+        mixed = config.objective.attention.heads == "mixed"
+        learned = attention.init(key, a.pairs, model, objective.teacher, mixed=mixed, hidden=a.hidden_weight > 0)
+        parts |= {"alignment": learned} if learned else {}
+    return parts
+
+
+def check(work: Workdir, corpus: dict[str, Any], mesh: Mesh) -> None:
+    """Raises UserError now for settings that the last run of a recipe would stumble over."""
+    work = Workdir(ConfigDict(work.config.to_dict()))  # to check a key is not to read it
+    for side in (("teacher",) if work.teacher_is_trained() else ()) + ("student",):
+        learners.check_learning(work, side, mesh)
+    student, teacher = (learners.description(work, side) for side in ("student", "teacher"))
+    for name in work.config.runs:
+        config = variants.applied(work.config, name)
+        o, steps = config.objective, config.student.training.steps
+        try:
+            weights_of(o, corpus)
+            if o.dro_rate <= 0:
+                raise UserError(f"objective.dro_rate={o.dro_rate} is a number above 0, such as 0.01")
+            if name not in variants.UNTAUGHT:
+                scores.check(config)
+                teaching(o, steps), alignment_of(o, student, teacher, steps)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
