@@ -83,7 +83,7 @@ def get_config() -> ConfigDict:
     # Exact at these, interpolated between. For a schedule: its ends, 1.0, and some between, as 1.0,2.0,4.0,8.0.
     c.score.temperatures = (1.0,)
 
-    # sum_n w_n (alpha_n CE_n + (1 - alpha_n) tau^2 KL_n) / sum_n w_n
+    # sum_n w_n (alpha_n CE_n + (1 - alpha_n) tau^2 KL_n) / sum_n w_n + beta L_att + lambda |W - W0|^2
     c.objective = ConfigDict()
     c.objective.alpha = schedule("constant", 0.5, 0.5)  # share of cross-entropy where the teacher has something to say
     # The paper: schedule("exponential", 8.0, 1.0). Here every start above 1 cost bits (docs/results.md).
@@ -94,6 +94,13 @@ def get_config() -> ConfigDict:
     c.objective.learn_projection = False  # W learns through the loss too (docs/projection.md says why it should not)
     c.objective.projection_learning_rate = 0.01  # of W's logits, at the peak
     c.objective.projection_keep = 0.1  # lambda of |W - W0|^2
+    c.objective.beta = schedule("constant", 0.0, 0.0)  # weight of the distance of attention maps; the paper: 0.2
+    c.objective.attention = ConfigDict()
+    c.objective.attention.pairs = 2  # layers of each model that are compared, at equal relative depths
+    c.objective.attention.student_layers = ""  # "0,1": these instead, against as many of the teacher
+    c.objective.attention.teacher_layers = ""
+    c.objective.attention.heads = "mean"  # of the maps of a layer, or "mixed": by weights that learn
+    c.objective.hidden_states = 0.0  # weight of the distance of those layers' states, through matrices that learn
     c.objective.specialty_weighting = "given"  # or "inverse_frequency"
     c.objective.specialty_weights = ""  # "cardiology=1.2,radiology=1.0"; 1 where a specialty is not named
     c.objective.label_smoothing = 0.1  # of the smoothing control alone

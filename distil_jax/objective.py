@@ -1,6 +1,6 @@
 """The whole loss of a batch: from the models' parameters to one scalar.
 
-    sum_n w_n (alpha_n CE_n + (1 - alpha_n) tau^2 D_n) / sum_n w_n + lambda |W - W0|^2
+    sum_n w_n (alpha_n CE_n + (1 - alpha_n) tau^2 D_n) / sum_n w_n + beta L_att + lambda |W - W0|^2
 
 over the supervised tokens n of the batch. `w_n` is the weight of the token's specialty. `alpha_n` is per position:
 where the teacher says nothing about the student's token (no shared boundary) cross-entropy carries the whole weight,
@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from distil_jax.freezing import merge
-from distil_jax.losses import head, stored
+from distil_jax.losses import attention, head, stored
 from distil_jax.losses.kd import PlacedTable, ProjectionRows, ProjectionTable, row_softmax, with_weights
 from distil_jax.losses.schedules import Schedule
 from distil_jax.models.int8 import cast
@@ -38,6 +38,15 @@ class Frozen(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Alignment:
+    """What of the inside of the models is compared (losses/attention.py)."""
+
+    pairs: tuple[attention.Pair, ...]
+    beta: Schedule  # weight of the distance of attention maps
+    hidden_weight: float = 0.0  # of the distance of hidden states
+
+
+@dataclass(frozen=True)
 class Objective:
     """The recipe of one run. Without a teacher model or stored scores of one it is cross-entropy training."""
 
@@ -50,6 +59,7 @@ class Objective:
     divergence: str = "forward"  # of losses/divergence.py
     skew: float = 0.1
     top_k: int = 0  # of the teacher's tokens, with a remainder; 0: all of them
+    alignment: Alignment | None = None
     label_smoothing: float = 0.0
     keep: float = 0.0  # lambda of |W - W0|^2, where W learns
     block: int = 0
@@ -62,7 +72,7 @@ class Loss:
     """`loss(params, frozen, batch, step) -> (scalar, metrics)`; a metric is (sum, count) over the global batch.
 
     `params` is what learns, by part. "model": parameters of the learning model; with `frozen.own` they make the whole
-    model. "projection", where W learns: the logits of its rows, [Vt, k].
+    model. "projection", where W learns: the logits of its rows, [Vt, k]. "alignment": attention.init.
     """
 
     def __init__(self, objective: Objective):
@@ -70,7 +80,11 @@ class Loss:
 
     def totals(self, frozen: Frozen, batch: Batch) -> dict[str, Float[Array, ""]]:
         """What the sums of each term are divided by: global over the batch, so that a batch may be taken in pieces."""
-        return {"weights": jnp.maximum(jnp.sum(self._weights(frozen, batch)), 1e-6)}
+        totals = {"weights": jnp.maximum(jnp.sum(self._weights(frozen, batch)), 1e-6)}
+        if self.objective.alignment:
+            groups = attention.group_count(attention.byte_groups(batch)[0])
+            totals["groups"] = jnp.maximum(groups, 1)
+        return totals
 
     def __call__(
         self, params: Any, frozen: Frozen, batch: Batch, step: Int[Array, ""], totals: dict[str, Any] | None = None
@@ -79,7 +93,9 @@ class Loss:
         o = self.objective
         totals = self.totals(frozen, batch) if totals is None else totals
         weights = self._weights(frozen, batch) / totals["weights"]
-        hidden, unembedding = self._hidden(o.model, merge(params["model"], frozen.own or {}), batch, o.side)
+        pairs = o.alignment.pairs if o.alignment else ()
+        own = merge(params["model"], frozen.own or {})
+        hidden, unembedding, seen = self._hidden(o.model, own, batch, o.side, tuple(p.student for p in pairs))
         options = {
             "label_smoothing": o.label_smoothing,
             "text_vocab": o.model.config.text_vocab_size,
@@ -102,7 +118,7 @@ class Loss:
         if o.scores:
             teacher = self._stored(projection, batch, temperature)
         else:
-            teacher = self._online(frozen, projection, batch)
+            teacher, teacher_seen = self._online(frozen, projection, batch, tuple(p.teacher for p in pairs))
         value, out = head.distill(
             hidden, unembedding, labels, weights * alpha_BxL,
             teacher=teacher, kl_weights_BxL=weights * (1 - alpha_BxL), temperature=temperature,
@@ -114,14 +130,27 @@ class Loss:
         if drift is not None:  # a piece of a batch adds its share, so that pieces add up
             value += o.keep * drift * jnp.sum(weights)
             metrics["projection_drift"] = (drift, one)
+        if o.alignment:
+            learned, beta = params.get("alignment", {}), o.alignment.beta(step)
+            apart = attention.distances(
+                tuple(seen[p.student] for p in pairs), tuple(teacher_seen[p.teacher] for p in pairs), batch, pairs,
+                mixing=learned.get("mixing"), projections=learned.get("hidden"), mesh=o.mesh,
+            )  # fmt: skip
+            value += (beta * apart.attention + o.alignment.hidden_weight * apart.hidden) / totals["groups"]
+            groups = attention.group_count(attention.byte_groups(batch)[0])
+            metrics |= {"attention": (apart.attention, groups), "beta": (beta, one)}
+            if "hidden" in learned:
+                metrics["hidden_states"] = (apart.hidden, groups)
         return value, metrics
 
-    def _online(self, frozen: Frozen, projection: Any, batch: Batch) -> head.Teacher:
-        """The teacher in memory: its states at the student's positions."""
-        hidden, unembedding = self._hidden(self.objective.teacher, frozen.teacher, batch, "teacher")
+    def _online(
+        self, frozen: Frozen, projection: Any, batch: Batch, observe: tuple[int, ...]
+    ) -> tuple[head.Teacher, Any]:
+        """The teacher in memory: its states at the student's positions, and what its layers `observe` show."""
+        hidden, unembedding, seen = self._hidden(self.objective.teacher, frozen.teacher, batch, "teacher", observe)
         at = batch["teacher_position"][..., None]
         rows = unembedding if frozen.teacher_rows is None else cast(frozen.teacher_rows, hidden.dtype)
-        return head.Teacher(jnp.take_along_axis(hidden, at, axis=1), rows, projection)
+        return head.Teacher(jnp.take_along_axis(hidden, at, axis=1), rows, projection), seen
 
     def _stored(self, projection: Any, batch: Batch, temperature: Float[Array, ""]) -> head.TopKTeacher:
         """What was stored of the teacher (data/scores.py), at the student's positions."""
@@ -143,8 +172,10 @@ class Loss:
             weights = weights * frozen.specialty_weights_S[batch["specialty"]]
         return weights
 
-    def _hidden(self, model: Any, params: Any, batch: Batch, side: str) -> tuple[jax.Array, Any]:
-        """Hidden states and unembedding of a model on its side of the batch."""
+    def _hidden(
+        self, model: Any, params: Any, batch: Batch, side: str, observe: tuple[int, ...] = ()
+    ) -> tuple[jax.Array, Any, Any]:
+        """Hidden states and unembedding of a model on its side of the batch, and what its layers `observe` show."""
         params = cast(params, jnp.dtype(self.objective.compute_dtype))
         hidden = model.hidden(
             params,
@@ -152,8 +183,10 @@ class Loss:
             segment_ids=batch[f"{side}_segment_ids"],
             positions=batch[f"{side}_positions"],
             remat=self.objective.remat and side == self.objective.side,
+            observe=observe,
         )
-        return hidden, model.unembedding(params)
+        hidden, seen = hidden if observe else (hidden, None)
+        return hidden, model.unembedding(params), seen
 
 
 def _metrics(batch, side, out, taught, frozen) -> dict[str, Any]:

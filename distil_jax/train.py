@@ -26,6 +26,7 @@ from distil_jax.data import scores
 from distil_jax.data.loader import Loader
 from distil_jax.errors import UserError
 from distil_jax.eval import likelihood
+from distil_jax.losses import attention
 from distil_jax.losses.divergence import checked
 from distil_jax.losses.kd import PlacedTable, place, rows_of
 from distil_jax.losses.schedules import learning_rate, schedule
@@ -33,10 +34,12 @@ from distil_jax.losses.vocabulary import Shards
 from distil_jax.losses.weights import parse_weights, specialty_weights
 from distil_jax.metrics import MetricsWriter, Progress, read_metrics
 from distil_jax.models import hub
-from distil_jax.objective import Frozen, Loss, Objective
+from distil_jax.objective import Alignment, Frozen, Loss, Objective
 from distil_jax.projection import Projection
 from distil_jax.step import init_state, make_optimizer, make_step
 from distil_jax.workdir import Workdir
+
+ALIGNMENT_SEED = 3  # beside learners.SEED_OF
 
 
 class Run(NamedTuple):
@@ -89,6 +92,15 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
                 projection_of(work, tables).logits,
                 sharding.replicated(mesh),
             )
+        if objective.alignment:
+            key = jax.random.fold_in(jax.random.key(config.seed), ALIGNMENT_SEED)
+            align = attention.init(
+                key, objective.alignment.pairs, model, objective.teacher,
+                mixed=config.objective.attention.heads == "mixed", hidden=objective.alignment.hidden_weight > 0,
+            )  # fmt: skip
+            if align:
+                whole = sharding.replicated(mesh)
+                learning["alignment"], shardings["alignment"] = align, jax.tree.map(lambda _: whole, align)
         state = placed(jax.jit(init_state, static_argnums=1)(learning, optimizer), optimizer, shardings, mesh)
         del params, learning
         checkpoints = Checkpoints(stage.folder / "checkpoints", keep=2, save_every=t.checkpoint_every)
@@ -197,7 +209,23 @@ def recipe(config, work, run, model, mesh, corpus, tables) -> tuple[Objective, F
         lies = jax.tree.map(lambda spec: NamedSharding(mesh, spec), PlacedTable.specs(shards))
         table = jax.device_put(table, lies)
         rows = jax.jit(rows_of, out_shardings=lies.weights)(teacher.unembedding(teacher_params), table)
+    distilling["alignment"] = alignment_of(o, model, teacher, t.steps)
     return Objective(model, teacher=teacher, **distilling), Frozen(weights, teacher_params, table, learned, rows)
+
+
+def alignment_of(o: ConfigDict, student: Any, teacher: Any, steps: int) -> Alignment | None:
+    """What of the inside of the models is aligned; None, at no cost, where both weights are 0 throughout."""
+    if o.attention.heads not in ("mean", "mixed"):
+        raise UserError(f"objective.attention.heads is {o.attention.heads!r}; use 'mean' or 'mixed'")
+    pairs = attention.choose(
+        student, teacher, count=o.attention.pairs,
+        student_layers=o.attention.student_layers, teacher_layers=o.attention.teacher_layers,
+    )  # fmt: skip
+    if min(o.beta.start, o.beta.end, o.hidden_states) < 0:
+        raise UserError("objective.beta and objective.hidden_states are weights: give numbers of at least 0")
+    if o.beta.start == o.beta.end == o.hidden_states == 0:
+        return None
+    return Alignment(pairs, schedule(o.beta.kind, o.beta.start, o.beta.end, steps), o.hidden_states)
 
 
 def projection_of(work: Workdir, tables: dict[str, Any]) -> Projection:
@@ -255,7 +283,7 @@ def log(metrics, progress, done, report, tokens, documents, t, specialties, fold
             by = np.asarray(report["ce_by_specialty"]).tolist()
             values |= {f"ce/{name}": v for name, v in zip(specialties, by, strict=True) if v > 0}
         metrics.write(done, **values)
-    shown = {k: report[k] for k in ("loss", "ce", "kl_at_1") if k in report}
+    shown = {k: report[k] for k in ("loss", "ce", "kl_at_1", "attention") if k in report}
     progress.update(done, tokens=tokens, **shown)
     if skipped > t.max_skipped:
         some = ", ".join(map(str, np.unique(documents)[:20]))

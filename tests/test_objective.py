@@ -47,6 +47,7 @@ def batch():
         }
     out["role"] = r.choice([NONE, ROOT, ROOT, CROSSING], (B, L))
     out["teacher_position"] = r.integers(0, 7, (B, L))
+    out["offset"] = np.where(out["role"] == ROOT, 0, r.integers(0, 2, (B, L)))
     out["specialty"] = r.integers(0, 3, (B, L))
     return {k: np.asarray(v, np.int32) for k, v in out.items()}
 

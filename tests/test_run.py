@@ -400,8 +400,9 @@ def widen(work):
     dataclasses.replace(W, ids=ids, logits=logits, start_logits=logits).save(work / "projection")
 
 
-def test_w_learns_and_the_vocabularies_are_spread(finished, tmp_path):
-    """The distilled run again with W in the loss, on a mesh that cuts both vocabularies and on one that cuts none."""
+def test_every_part_of_the_objective_on_spread_vocabularies(finished, tmp_path):
+    """The distilled run again with a W that learns, attention maps and hidden states, on a mesh that cuts both
+    vocabularies and on one that cuts none."""
     config, *_ = finished
     lines = {}
     for name, mesh in (("cut", {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}), ("whole", {})):
@@ -409,11 +410,15 @@ def test_w_learns_and_the_vocabularies_are_spread(finished, tmp_path):
         shutil.copytree(config.workdir, folder, ignore=shutil.ignore_patterns("distilled", "export", "report"))
         widen(Workdir(config_of(folder, config.data.files)))
         learning = {"objective.learn_projection": True, "student.training.steps": 4} | mesh
+        learning |= {"objective.beta.start": 0.2, "objective.beta.end": 0.1, "objective.beta.kind": "linear"}
+        learning |= {"objective.hidden_states": 0.1, "objective.attention.heads": "mixed"}
         again = config_of(folder, config.data.files, **learning)
         train.train(again, "distilled")
         logged = [m for m in read_metrics(folder / "distilled" / "metrics.jsonl") if "loss" in m]
-        lines[name], drift = [m["loss"] for m in logged], logged[-1]["projection_drift"]
-    np.testing.assert_allclose(lines["cut"], lines["whole"], rtol=2e-5)
+        parts = ("loss", "ce", "kl", "attention", "hidden_states", "beta")
+        lines[name], drift = [[m[part] for part in parts] for m in logged], logged[-1]["projection_drift"]
+    np.testing.assert_allclose(lines["cut"], lines["whole"], rtol=5e-5)
+    assert (np.array(lines["whole"]) > 0).all()
     tables = learners.tables_of(Workdir(again))
     before, after = (Projection.load(folder / at, **tables) for at in ("projection", "distilled/projection"))
     moved = np.sum((after.weights() - before.weights()) ** 2)

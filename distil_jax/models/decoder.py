@@ -60,6 +60,14 @@ class LayerKind(NamedTuple):
     frequencies: np.ndarray  # rotary, [K/2]
 
 
+class Seen(NamedTuple):
+    """What a chosen layer hands over: scaled and rotated queries, keys, and its output."""
+
+    q_BxLxHxK: Float[Array, "B L H K"]
+    k_BxLxGxK: Float[Array, "B L G K"]
+    x_BxLxD: Float[Array, "B L D"]
+
+
 class Decoder(nnx.Module):
     """Embedding, stacked blocks, final norm and, if untied, a head: the description of the parameters."""
 
@@ -161,6 +169,7 @@ class Model:
         segment_ids: Int[Array, "B L"] | None = None,
         positions: Int[Array, "B L"] | None = None,
         attention_layers: tuple[int, ...] = (),
+        observe: tuple[int, ...] = (),
         remat: bool = False,
     ):
         """Hidden states after the final norm, [B, L, D] in the dtype of the parameters.
@@ -169,12 +178,13 @@ class Model:
         positions: rotary positions (None: index within the segment).
         attention_layers: indices of layers; if any, returns (hidden, {layer: float32 maps [B, H, L, L]}), where the
           rows of padding queries are zero. Only these layers hold a whole map in memory.
+        observe: indices of layers instead; returns (hidden, {layer: Seen}), from which maps can be made piece by piece.
         remat: recompute each layer in the backward pass and keep only its input.
         Raises UserError for a layer index out of range.
         """
         count = self.config.num_hidden_layers
-        if any(not 0 <= layer < count for layer in attention_layers):
-            raise UserError(f"attention_layers {tuple(attention_layers)}: layers are numbered 0 to {count - 1}")
+        if any(not 0 <= layer < count for layer in (*attention_layers, *observe)):
+            raise UserError(f"attention_layers {(*attention_layers, *observe)}: layers are numbered 0 to {count - 1}")
         if segment_ids is None:
             segment_ids = jnp.ones((1, tokens_BxL.shape[1]), jnp.int32)
         if positions is None:
@@ -185,12 +195,9 @@ class Model:
 
         stacked = params["layers"]
 
-        def run(x, kind, block_state, return_map=False):
+        def run(x, kind, block_state, observed=False):
             def mix(q, k, v):
-                if not return_map:
-                    return layers.attend(q, k, v, masks[kind]), None
-                probabilities = layers.attention_map(q, k, masks[kind])
-                return layers.average(probabilities, v), probabilities
+                return layers.attend(q, k, v, masks[kind]), (q, k) if observed else None
 
             return self.block_of(block_state)(x, tables[kind], mix)
 
@@ -205,19 +212,27 @@ class Model:
             return jax.lax.scan(body, x, (jnp.asarray(kind_of_layer[start:stop]), span))[0]
 
         x = self.embed(params, tokens_BxL)
-        maps, done = {}, 0
-        for layer in sorted(set(attention_layers)):
+        seen, done = {}, 0
+        for layer in sorted({*attention_layers, *observe}):
             if done < layer:
                 x = run_span(x, done, layer)
             one = jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked)
             step = jax.checkpoint(run, static_argnums=(1, 3)) if remat else run
-            x, probabilities = step(x, kind_of_layer[layer], one, True)
-            maps[layer] = jnp.where((segment_ids != 0)[:, None, :, None], probabilities, 0.0)
+            x, (q, k) = step(x, kind_of_layer[layer], one, True)
+            seen[layer] = Seen(q, k, x)
             done = layer + 1
         if done < count:
             x = run_span(x, done, count)
         x = self.normed(params, x)
-        return (x, maps) if attention_layers else x
+        if observe:
+            return x, seen
+        if not attention_layers:
+            return x
+        maps = {
+            layer: layers.attention_map(seen[layer].q_BxLxHxK, seen[layer].k_BxLxGxK, masks[kind_of_layer[layer]])
+            for layer in attention_layers
+        }
+        return x, {layer: jnp.where((segment_ids != 0)[:, None, :, None], m, 0.0) for layer, m in maps.items()}
 
     def embed(self, params: Params, tokens_BxL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """The input of the first block."""
