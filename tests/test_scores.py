@@ -673,8 +673,9 @@ def test_a_whole_run_scores_once_and_uses_it(scored, tmp_path):
         ({"score.temperatures": "1.0,2.0"}, "reaches from 1 to 2.5, score.temperatures only from 1 to 2"),
         ({"score.temperatures": "1.0", "objective.temperature.kind": "constant"}, "from 2.5 to 2.5"),
         ({"objective.temperature.end": 0.5}, "reaches from 0.5"),
+        ({"objective.beta.start": 0.2}, "teacher.scores=online"),
+        ({"objective.hidden_states": 0.1}, "not stored"),
         ({"objective.top_k": 17}, "only score.top_k=16"),
-        ({"objective.beta.start": 0.2}, "look inside the teacher"),
     ],
 )
 def test_settings_that_training_would_stumble_over_stop_the_first_stage(tmp_path, overrides, said):

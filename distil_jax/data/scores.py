@@ -188,8 +188,8 @@ def check(config: ConfigDict) -> None:
         return
     if max(o.beta.start, o.beta.end, o.hidden_states) > 0:
         raise UserError(
-            "objective.beta and objective.hidden_states look inside the teacher, which stored scores do not hold: set "
-            "them to 0, or teacher.scores=online"
+            "objective.beta and objective.hidden_states need maps and states of the teacher, which are not stored: set "
+            "both to 0, or teacher.scores=online"
         )
     if o.top_k > s.top_k:
         raise UserError(f"objective.top_k={o.top_k}, but only score.top_k={s.top_k} tokens are stored")

@@ -62,7 +62,8 @@ def rest_of(z_VxN: Float[Array, "V N"], temperatures: tuple[float, ...]) -> Floa
         e_VxN = jnp.exp((z_VxN - largest_N[None]) / temperature)
         sum_N = jnp.sum(e_VxN, axis=0)
         value_N = largest_N / temperature + jnp.log(sum_N)
-        slope_N = jnp.sum(e_VxN * z_VxN, axis=0) / sum_N
+        # With one temperature nothing is interpolated, and the slope is not stored.
+        slope_N = jnp.sum(e_VxN * z_VxN, axis=0) / sum_N if len(temperatures) > 1 else jnp.zeros_like(sum_N)
         parts.append(jnp.stack([value_N, slope_N], axis=-1))
     rest_NxTx2 = jnp.stack(parts, axis=1)
     value, slope = rest_NxTx2[..., 0], rest_NxTx2[..., 1]
