@@ -121,7 +121,7 @@ def lowered(c: ConfigDict, mesh: Mesh) -> Any:
             "temperature": schedule(o.temperature.kind, o.temperature.start, o.temperature.end, t.steps),
         }
         ids, weights = (jax.ShapeDtypeStruct((ENTRIES,), dtype) for dtype in (jnp.int32, jnp.float32))
-        table = ProjectionTable(ids, ids, weights, jax.ShapeDtypeStruct((teacher.config.vocab_size,), bool))
+        table = ProjectionTable(ids, ids, weights, jax.ShapeDtypeStruct((teacher.config.vocab_size,), bool), ids)
         frozen = frozen._replace(teacher=held(teacher, c.teacher.dtype), projection=table)
     rate = learning_rate(t.learning_rate, t.warmup, t.steps, t.end_fraction)
     optimizer = make_optimizer(rate, weight_decay=t.weight_decay, clip=t.clip)

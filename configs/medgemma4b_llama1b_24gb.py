@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
     c.teacher.path = "google/medgemma-4b-it"  # a hub id or a Hugging Face directory
     c.teacher.licence = ""  # of the model at path, as docs/export.md names them; empty: recognised
     c.teacher.dtype = "int8"  # of the frozen parameters while it teaches: 3.9 GB, where bfloat16 takes 7.8
+    c.teacher.scores = "online"  # the teacher in memory while the student learns; "stored": asked once, by `score`
     c.teacher.adapt = False  # it teaches as it came: training 4 billion parameters does not fit here
     c.teacher.training = training(steps=1000, learning_rate=1e-5)  # of adapt alone
 
@@ -57,17 +58,37 @@ def get_config() -> ConfigDict:
     c.projection.fit_learning_rate = 0.05
     c.projection.fit_keep = 0.1  # weight of KL(W || W as built)
 
-    # sum_n w_n (alpha_n CE_n + (1 - alpha_n) tau^2 KL_n) / sum_n w_n
+    c.score = ConfigDict()  # what is stored of the teacher (docs/scores.md); alignment of attention needs it online
+    c.score.top_k = 64  # of its tokens at each position; 276 bytes, and 6 or 7 more for each further temperature
+    # Exact at these, interpolated between. For a schedule: its ends, 1.0, and some between, as 1.0,2.0,4.0,8.0.
+    c.score.temperatures = (1.0,)
+
+    # sum_n w_n (alpha_n CE_n + (1 - alpha_n) tau^2 KL_n) / sum_n w_n + beta L_att + lambda |W - W0|^2
     c.objective = ConfigDict()
     c.objective.alpha = schedule("constant", 0.5, 0.5)  # share of cross-entropy where the teacher has something to say
     c.objective.temperature = schedule("constant", 1.0, 1.0)
+    c.objective.divergence = "forward"  # KL(teacher || student); also reverse, skewed_forward, skewed_reverse, jsd
+    c.objective.skew = 0.1  # share of the teacher in the mixture of the last three (0.5 is usual for jsd)
+    c.objective.top_k = 0  # of the teacher's tokens that are projected, the others as one remainder; 0: all of them
+    c.objective.learn_projection = False  # W learns through the loss too (docs/projection.md says why it should not)
+    c.objective.projection_learning_rate = 0.01  # of W's logits, at the peak
+    c.objective.projection_keep = 0.1  # lambda of |W - W0|^2
+    c.objective.beta = schedule("constant", 0.0, 0.0)  # weight of the distance of attention maps; the paper: 0.2
+    c.objective.attention = ConfigDict()
+    c.objective.attention.pairs = 2  # layers of each model that are compared, at equal relative depths
+    c.objective.attention.student_layers = ""  # "0,1": these instead, against as many of the teacher
+    c.objective.attention.teacher_layers = ""
+    c.objective.attention.heads = "mean"  # of the maps of a layer, or "mixed": by weights that learn
+    c.objective.hidden_states = 0.0  # weight of the distance of those layers' states, through matrices that learn
     c.objective.specialty_weighting = "given"  # or "inverse_frequency", or "dro": driven by each specialty's loss
     c.objective.dro_rate = 0.01  # of "dro" alone: a loss one nat higher gains this much log weight a step
     c.objective.specialty_weights = ""  # "cardiology=1.2,radiology=1.0"; 1 where a specialty is not named
     c.objective.label_smoothing = 0.1  # of the smoothing control alone
     c.objective.block = 512  # tokens whose logits exist at one time: 0.8 GB for both vocabularies in float32
 
-    c.runs = ("control", "distilled")  # students to train, of control, smoothing, distilled
+    # A variant is a name and what it changes in the objective: {"hot": {"temperature": {"start": 4.0}}}.
+    c.variants = ConfigDict()
+    c.runs = ("control", "distilled")  # students to train, of control, smoothing, distilled and the variants
 
     c.evaluation = ConfigDict()
     c.evaluation.batch_size = 4
@@ -78,6 +99,7 @@ def get_config() -> ConfigDict:
     c.evaluation.answer_tokens = 48
 
     c.export = ConfigDict()
+    c.export.run = "distilled"  # the student that is exported: distilled or a variant
     c.export.dtype = "bfloat16"  # of the stored weights
     c.export.name = ""  # of the model and its folder; empty: that of the work folder, as the licences allow
     c.export.licence_files = ""  # texts that the models' folders lack, separated by commas

@@ -12,8 +12,9 @@ import pytest
 from distil_jax import sharding
 from distil_jax.checkpoint import Checkpoints
 from distil_jax.errors import UserError
-from distil_jax.losses.kd import ProjectionTable
+from distil_jax.losses.kd import ProjectionTable, place, rows_of
 from distil_jax.losses.schedules import learning_rate, schedule
+from distil_jax.losses.vocabulary import Shards
 from distil_jax.losses.weights import dro_update, specialty_weights
 from distil_jax.models import hub
 from distil_jax.objective import Frozen, Loss, Objective
@@ -61,7 +62,7 @@ def batch():
 @pytest.fixture(scope="module")
 def frozen(models):
     ids = np.sort(np.random.default_rng(1).integers(0, VS, VT)).astype(np.int32)
-    table = ProjectionTable(jnp.arange(VT), jnp.asarray(ids), jnp.ones(VT), jnp.ones(VT, bool))
+    table = ProjectionTable(jnp.arange(VT), jnp.asarray(ids), jnp.ones(VT), jnp.ones(VT, bool), jnp.arange(VT))
     return Frozen(jnp.float32([0.5, 1.0, 1.5]), models[3], table)
 
 
@@ -104,7 +105,9 @@ def on_mesh(models, batch, frozen, shape, pieces):
         state = init_state({"model": jax.tree.map(jnp.copy, models[1])}, optimizer, ema=0.5)
         state = placed(state, optimizer, where, mesh)
         step = make_step(distilling(models, mesh=mesh), optimizer, rate, accumulate=pieces, ema=0.5)
-        return mesh, step, state, frozen, sharding.put_batch(batch, mesh)
+        table = place(frozen.projection, Shards.of(mesh))
+        there = frozen._replace(projection=table, teacher_rows=rows_of(models[2].unembedding(models[3]), table))
+        return mesh, step, state, there, sharding.put_batch(batch, mesh)
 
 
 @pytest.mark.parametrize("shape", MESHES)
@@ -129,7 +132,8 @@ def test_updates_in_pieces_on_a_mesh_are_those_of_one_device(models, batch, froz
 
 @pytest.mark.parametrize("shape", MESHES)
 def test_no_collective_moves_rows_for_the_pieces_and_the_sums_lie_as_the_parameters(models, batch, frozen, shape):
-    """In the compiled step. Rows are whole numbers; only the lookup of the embedding, whose table is cut, sends ids."""
+    """In the compiled step. Rows are whole numbers; only the lookup of the embedding, whose table is cut, and the head,
+    whose devices score each other's tokens, send ids."""
     mesh, step, state, f, rows = on_mesh(models, batch, frozen, shape, 2)
     with jax.set_mesh(mesh):
         lines = step.lower(state, f, rows).compile().as_text().splitlines()
@@ -138,7 +142,7 @@ def test_no_collective_moves_rows_for_the_pieces_and_the_sums_lie_as_the_paramet
     assert moved
     for line in moved:
         made = line.split(" = ")[1].split("metadata=")[0]
-        assert not re.search(r"\b[su]32\[", made) or "_take" in line, line
+        assert not re.search(r"\b[su]32\[", made) or "_take" in line or "shard_map" in line, line
         assert not re.search(rf"\[\d+,2,{L}\]|\[2,\d+,{L}\]", made), line  # of the split rows, [B / 2, 2, L]
     # The accumulated gradient crosses the pieces in its shards: a loop carries the local shape of the gate kernels.
     gate = state["params"]["model"]["layers"]["mlp"]["gate"]
