@@ -148,7 +148,8 @@ def _recipe(config: ConfigDict, done: Mapping[str, Mapping[str, Any]]) -> str:
         f"learning rate {t.learning_rate:g} after {t.warmup} steps of warm-up, then a cosine to {t.end_fraction:g} of "
         f"it; weight decay {t.weight_decay:g}; gradient norm at most {t.clip:g}; computed in "
         f"{escape(t.compute_dtype)}; seed {config.seed}",
-        f"parameters that were not trained: {escape(t.get('freeze', '') or 'none')}",
+        f"parameters that were not trained: {_frozen(config)}",
+        *([f"the weights are their running average over the updates, decay {t.ema:g}"] if t.get("ema") else []),
         f"updates left out because they were not finite: {done['distilled']['skipped']}",
         f"vocabulary projection: IP_KL {fitted['ip_kl']:.4f}, IP_bpb {fitted['ip_bpb']:.4f} (shares of the teacher's "
         "information that pass through it)",
@@ -156,6 +157,17 @@ def _recipe(config: ConfigDict, done: Mapping[str, Mapping[str, Any]]) -> str:
         + ", ".join(f"{role} {roles[role]:.1%}" for role in ("root", "interior", "crossing")),
     ]
     return _bullets(lines)
+
+
+def _frozen(config: ConfigDict) -> str:
+    """Which, and what was learned in place of them."""
+    adapters = config.student.get("lora")
+    if not adapters or not adapters.rank:
+        return escape(config.student.training.get("freeze", "") or "none")
+    return (
+        f"all; low-rank updates (LoRA, rank {adapters.rank}, alpha {adapters.alpha:g}) of {escape(adapters.targets)} "
+        f"were learned on the parameters in {escape(adapters.dtype)} and added to them"
+    )
 
 
 def _data(corpus: Mapping[str, Any]) -> str:
