@@ -147,13 +147,15 @@ def _recipe(config: ConfigDict, done: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [
         "objective, per token: alpha × cross-entropy + (1 − alpha) × tau² × KL to the projected teacher where the "
         "teacher has a boundary too, cross-entropy alone elsewhere",
-        f"alpha {course(o.alpha)}; temperature tau {course(o.temperature)}",
+        f"alpha {course(o.alpha)}; temperature tau {course(o.temperature)}; weight of the distance of attention maps "
+        f"{course(o.beta)}, of hidden states {o.hidden_states:g}",
         f"specialty weighting: {escape(o.specialty_weighting)} {escape(o.specialty_weights)}".rstrip(),
         f"{done[run]['steps']:,} steps of {t.batch_size} rows of {config.data.student_length} tokens; AdamW, "
         f"learning rate {t.learning_rate:g} after {t.warmup} steps of warm-up, then a cosine to {t.end_fraction:g} of "
         f"it; weight decay {t.weight_decay:g}; gradient norm at most {t.clip:g}; computed in "
         f"{escape(t.compute_dtype)}; seed {config.seed}",
-        f"parameters that were not trained: {escape(t.get('freeze', '') or 'none')}",
+        f"parameters that were not trained: {_frozen(config)}",
+        *([f"the weights are their running average over the updates, decay {t.ema:g}"] if t.get("ema") else []),
         f"updates left out because they were not finite: {done[run]['skipped']}",
         f"vocabulary projection: IP_KL {fitted['ip_kl']:.4f}, IP_bpb {fitted['ip_bpb']:.4f} (shares of the teacher's "
         "information that pass through it)",
@@ -161,6 +163,17 @@ def _recipe(config: ConfigDict, done: Mapping[str, Mapping[str, Any]]) -> str:
         + ", ".join(f"{role} {roles[role]:.1%}" for role in ("root", "interior", "crossing")),
     ]
     return _bullets(lines)
+
+
+def _frozen(config: ConfigDict) -> str:
+    """Which, and what was learned in place of them."""
+    adapters = config.student.get("lora")
+    if not adapters or not adapters.rank:
+        return escape(config.student.training.get("freeze", "") or "none")
+    return (
+        f"all; low-rank updates (LoRA, rank {adapters.rank}, alpha {adapters.alpha:g}) of {escape(adapters.targets)} "
+        f"were learned on the parameters in {escape(adapters.dtype)} and added to them"
+    )
 
 
 def _data(corpus: Mapping[str, Any]) -> str:

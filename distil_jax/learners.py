@@ -71,18 +71,19 @@ def learning(work: Workdir, side: str, mesh: Mesh) -> tuple[Any, dict[str, Any],
     all parameters are frozen, in student.lora.dtype ("int8": their kernels; the rest is bfloat16).
     """
     part = work.config[side]
-    if not uses_lora(work.config, side):
+    s = part.lora if side == "student" else ConfigDict({"targets": "", "rank": 0, "dtype": ""})
+    targets, rank, dtype = s.targets, s.rank, s.dtype
+    if not rank:
         model, params = untrained(work, side, mesh)
         learns, own = freezing.split(params, part.training.freeze)
         where = freezing.split(sharding.param_shardings(model, mesh), part.training.freeze)[0]
         return model, {"model": learns}, own, {"model": where}
-    s = part.lora
-    model, params = untrained(work, side, mesh, "bfloat16" if s.dtype == "int8" else s.dtype)
-    if s.dtype == "int8":
+    model, params = untrained(work, side, mesh, "bfloat16" if dtype == "int8" else dtype)
+    if dtype == "int8":
         params = quantize(model, params, vocabulary=False)
-    where = lora.shardings(model, mesh, s.targets, s.rank)
+    where = lora.shardings(model, mesh, targets, rank)
     key = jax.random.fold_in(jax.random.key(work.config.seed), SEED_OF["adapter"])
-    adapter = jax.jit(lora.init, static_argnums=(0, 2, 3), out_shardings=where)(model, key, s.targets, s.rank)
+    adapter = jax.jit(lora.init, static_argnums=(0, 2, 3), out_shardings=where)(model, key, targets, rank)
     return model, {"adapter": adapter}, params, {"adapter": where}
 
 
@@ -93,7 +94,9 @@ def uses_lora(config: ConfigDict, side: str) -> bool:
 
 def adapter_scale(config: ConfigDict, side: str) -> float:
     """alpha / rank; 1 without adapters."""
-    return config.student.lora.alpha / config.student.lora.rank if uses_lora(config, side) else 1.0
+    if side != "student":
+        return 1.0
+    return config.student.lora.alpha / max(config.student.lora.rank, 1)
 
 
 def check_learning(work: Workdir, side: str, mesh: Mesh) -> None:

@@ -112,10 +112,11 @@ def weights_of(o: ConfigDict, corpus: dict[str, Any]) -> np.ndarray:
 
 def reweighing(config: ConfigDict, run: Run, corpus: dict[str, Any]) -> Reweigh | None:
     """What drives the specialty weights of a run, if anything does."""
-    if run.side == "teacher" or config.objective.specialty_weighting != "dro":
+    if run.side == "teacher":
         return None
+    kind, rate = config.objective.specialty_weighting, config.objective.dro_rate
     tokens = np.asarray(corpus["supervised_tokens"], np.float64)
-    return functools.partial(dro_update, share_S=tokens / tokens.sum(), rate=config.objective.dro_rate)
+    return functools.partial(dro_update, share_S=tokens / tokens.sum(), rate=rate) if kind == "dro" else None
 
 
 def projection_of(work: Workdir, tables: dict[str, Any]) -> Projection:
@@ -123,9 +124,9 @@ def projection_of(work: Workdir, tables: dict[str, Any]) -> Projection:
     return Projection.load(work / "projection", teacher=tables["teacher"], student=tables["student"])
 
 
-def projection_rate(config: ConfigDict, frozen: Frozen) -> float:
+def projection_rate(config: ConfigDict, objective: Objective) -> float:
     """The learning rate of a W that learns, in that of the student."""
-    if frozen.rows is None:
+    if objective.teacher is None and not objective.scores:
         return 1.0
     return config.objective.projection_learning_rate / config.student.training.learning_rate
 

@@ -20,8 +20,8 @@ from distil_jax.workdir import Workdir
 def main(config: ConfigDict) -> dict[str, Any]:
     """Runs what is not done; returns the summary."""
     work = Workdir(config)
-    for name in variants.taught(config.runs):
-        scores.check(variants.applied(config, name))  # before the hours that come first
+    for objective_of in (config, *(variants.applied(config, name) for name in variants.taught(config.runs))):
+        scores.check(objective_of)  # before the hours that come first
     stages: list[tuple[str, Any]] = [("corpus", prepare.main)]
     if work.teacher_is_trained():
         stages.append(("teacher", lambda c: train.train(c, "teacher")))

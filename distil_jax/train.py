@@ -62,7 +62,7 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
         t = run.training
         rate = learning_rate(t.learning_rate, t.warmup, t.steps, t.end_fraction)
         optimizer = make_optimizer(
-            rate, weight_decay=t.weight_decay, clip=t.clip, projection_rate=recipe.projection_rate(config, frozen)
+            rate, weight_decay=t.weight_decay, clip=t.clip, projection_rate=recipe.projection_rate(config, objective)
         )  # fmt: skip
         parameters, trainable = learners.count(model.abstract_params()), learners.count(params)
         frozen, reweigh = frozen._replace(own=own), recipe.reweighing(config, run, corpus)

@@ -338,6 +338,13 @@ def test_a_name_against_the_licence_is_refused_before_anything_is_written(work):
         export.main(config)
 
 
+def test_the_card_says_what_learned_in_place_of_the_parameters(work):
+    settings = {"student.lora.rank": 8, "student.lora.alpha": 16.0, "student.training.ema": 0.99}
+    text = (Path(export.make(work(**settings))["path"]) / "README.md").read_text()
+    assert "parameters that were not trained: all; low-rank updates (LoRA, rank 8, alpha 16)" in text
+    assert "running average over the updates, decay 0.99" in text
+
+
 def test_the_card_waits_for_the_results(work):
     assert "evaluate" in Workdir(work()).inputs("export")
     config = work()
