@@ -87,13 +87,8 @@ def learning(work: Workdir, side: str, mesh: Mesh) -> tuple[Any, dict[str, Any],
     return model, {"adapter": adapter}, params, {"adapter": where}
 
 
-def uses_lora(config: ConfigDict, side: str) -> bool:
-    """Whether low-rank adapters of that side's model learn, and its own parameters do not."""
-    return side == "student" and config.student.lora.rank > 0
-
-
 def adapter_scale(config: ConfigDict, side: str) -> float:
-    """alpha / rank; 1 without adapters."""
+    """alpha / rank; without adapters a number that nothing uses."""
     if side != "student":
         return 1.0
     return config.student.lora.alpha / max(config.student.lora.rank, 1)

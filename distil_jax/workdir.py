@@ -33,7 +33,11 @@ READS: dict[str, tuple[str, ...]] = {
     "scores": ("score", "teacher.dtype", "student.training.compute_dtype"),
     "projection": ("seed", "projection", "evaluation.bootstrap", "evaluation.rows"),
     **dict.fromkeys(UNTAUGHT, STUDENT),
-    "distilled": (*STUDENT, "teacher.dtype"),  # and every variant, with the objective as the variant changes it
+    "distilled": (
+        *STUDENT,
+        "teacher.dtype",
+        "teacher.scores",
+    ),  # and every variant, with the objective as the variant changes it
     "evaluate": ("evaluation", "runs"),
     # Not where it is pushed to: that changes no file.
     "export": (

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 from distil_jax.losses.divergence import divergence
 from distil_jax.losses.kd import PlacedTable, ProjectionRows, ProjectionTable, full_target, named_target
 from distil_jax.losses.vocabulary import Shards, text_rows
+from distil_jax.models.int8 import Int8, dequantize
 from distil_jax.models.layers import unembed
 from distil_jax.sharding import BATCH_AXES
 
@@ -220,6 +221,8 @@ def _on_mesh(spec, wanted, hidden, unembedding, labels, ce_weights, kl_weights, 
         Teacher: Teacher(tokens, cut, projection),
         TopKTeacher: TopKTeacher(tokens, tokens, tokens, whole),
     }[type(teacher)]
+    if isinstance(unembedding, Int8):  # scored, never learned: dealt out in the dtype of what it meets
+        unembedding = dequantize(unembedding).astype(hidden.dtype)
     V, D = unembedding.shape
     weights = whole if isinstance(teacher, TopKTeacher) else cut
     specs = {"hidden": tokens, "unembedding": spec.shards.stored, "weights": weights}
