@@ -219,7 +219,8 @@ STAGES = ("corpus", "teacher", "projection", "control", "smoothing", "distilled"
 # Read in training, and no part of what is made: where, on what, beside which other runs, in which pieces it is scored.
 HOW_NOT_WHAT = {"workdir", "mesh.data", "mesh.fsdp", "mesh.tensor", "runs", "export.run", "evaluation.batch_size"}
 HOW_NOT_WHAT |= {"data.files"}  # in the key by size and time of each file
-HOW_NOT_WHAT |= {"teacher.adapt"}  # says which stages there are; in the keys of those that need the teacher
+# Say which stages there are; in the keys of those that need the teacher, or learn from its scores.
+HOW_NOT_WHAT |= {"teacher.adapt", "teacher.scores"}
 
 
 def read_but_not_in_the_key(config, run):
