@@ -99,9 +99,10 @@ def alignment_of(o: ConfigDict, student: Any, teacher: Any, steps: int) -> Align
     )  # fmt: skip
     if min(o.beta.start, o.beta.end, o.hidden_states) < 0:
         raise UserError("objective.beta and objective.hidden_states are weights: give numbers of at least 0")
+    beta = schedule(o.beta.kind, o.beta.start, o.beta.end, steps)
     if o.beta.start == o.beta.end == o.hidden_states == 0:
         return None
-    return Alignment(pairs, schedule(o.beta.kind, o.beta.start, o.beta.end, steps), o.hidden_states)
+    return Alignment(pairs, beta, o.hidden_states)
 
 
 def weights_of(o: ConfigDict, corpus: dict[str, Any]) -> np.ndarray:

