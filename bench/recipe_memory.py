@@ -2,7 +2,7 @@
 
     python bench/recipe_memory.py [VARIANT ...] [--config.KEY=VALUE ...]
 
-VARIANT: of VARIANTS below; all by default, one to three minutes each. Needs libtpu and no TPU: the compiler of a chip
+VARIANT: of VARIANTS below; all by default, minutes each. Needs libtpu and no TPU: the compiler of a chip
 with more memory than 24 GB says what arguments, outputs and temporaries of the whole step take. A GPU's compiler lays
 arrays out and fuses differently, so this stands in for it and measures none. The table is in docs/recipes.md.
 """
@@ -29,7 +29,6 @@ from ml_collections import ConfigDict
 from distil_jax import freezing, lora, sharding
 from distil_jax.config import load_config
 from distil_jax.data.loader import Batch
-from distil_jax.eval import likelihood
 from distil_jax.losses.kd import ProjectionTable
 from distil_jax.losses.schedules import learning_rate, schedule
 from distil_jax.models import hub
@@ -57,15 +56,11 @@ STUDENT = {
 ENTRIES = 300_000  # of W: 262,144 rows with a mean support of 1.1
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
-    "base in 8 bits": {"student.lora.dtype": "int8"},
-    "pieces of 8 rows": {"student.training.accumulate": 10},
     "remat dots": {"student.training.remat": "dots"},
-    "remat none, pieces of 1 row": {"student.training.remat": "none", "student.training.accumulate": 80},
     "teacher in bfloat16": {"teacher.dtype": "bfloat16"},
     "control": {"runs": "control"},
     "all parameters": {"student.lora.rank": 0},
     "all but the embedding": {"student.lora.rank": 0, "student.training.freeze": "embedding"},
-    "all parameters, pieces of 1 row": {"student.lora.rank": 0, "student.training.accumulate": 80},
 }
 
 
@@ -135,13 +130,6 @@ def lowered(c: ConfigDict, mesh: Mesh) -> Any:
     return step.lower(*arguments, rows)
 
 
-def evaluation(c: ConfigDict, mesh: Mesh) -> Any:
-    """Scoring the teacher on a batch of the test split, which evaluate does in float32."""
-    teacher = hub.model_from_config(TEACHER)
-    scorer = likelihood.make_scorer(teacher, "teacher", block=c.objective.block, mesh=mesh)
-    return scorer.lower(shapes(held(teacher, "float32"), mesh), shapes(batch_of(c, c.evaluation.batch_size), mesh))
-
-
 def report(name: str, program: Any) -> None:
     """One line: bytes of the compiled program against the limit, and its largest array of decompressed teacher."""
     start = time.perf_counter()
@@ -160,14 +148,14 @@ def report(name: str, program: Any) -> None:
 
 def main(arguments: list[str]) -> None:
     flags = [a for a in arguments if a.startswith("--")]
-    wanted = [a for a in arguments if not a.startswith("--")] or [*VARIANTS, "evaluate"]
+    wanted = [a for a in arguments if not a.startswith("--")] or [*VARIANTS]
     mesh = one_chip()
     print("| variant | arguments | new outputs | temporaries | together, GB | of 24 GB |\n|---|---|---|---|---|---|")
     for name in wanted:
-        overrides = [f"--config.{k}={v}" for k, v in VARIANTS.get(name, {}).items()]
+        overrides = [f"--config.{k}={v}" for k, v in VARIANTS[name].items()]
         c = load_config(["--config", str(RECIPE), *overrides, *flags])[0]
         with jax.set_mesh(mesh):
-            report(name, (evaluation if name == "evaluate" else lowered)(c, mesh))
+            report(name, lowered(c, mesh))
 
 
 if __name__ == "__main__":
