@@ -7,9 +7,9 @@ Fetches both models from the hub (11 GB; both licences have to be accepted there
     distil-jax run --config configs/medgemma4b_llama1b_24gb.py --config.data.files=train.jsonl \\
         --config.teacher.path=DIR --config.student.path=DIR
 
-data.files is yours to give: JSONL, Parquet or CSV with prompt and completion (docs/tiny_corpus.md). It is made for
-24 GB and has not been run on a GPU; bench/recipe_memory.py compiles its steps from shapes and prints their memory,
-which takes an hour on two cores. Its learning rates were not tuned.
+data.files is yours to give: JSONL, Parquet or CSV with prompt and completion (docs/tiny_corpus.md). The memory of each
+step was computed by compilation (bench/recipe_memory.py; the table is in docs/recipes.md). It has not been run on a
+GPU, and its learning rates were not tuned.
 
 It prints, and writes to summary.json and report/index.html, bits per byte, token accuracy and agreement with the
 teacher of the teacher, the untouched student and each trained one, with their intervals (docs/recipes.md).
