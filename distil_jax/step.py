@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from distil_jax import sharding
 from distil_jax.losses.schedules import Schedule
 from distil_jax.objective import Batch, Frozen, Loss, reduce
 
@@ -40,13 +41,17 @@ def make_optimizer(
             params,
         )
 
+    def clipped(updates, params):
+        factor = jnp.minimum(1, clip / optax.tree.norm(updates))  # one number, and no second copy of the gradient
+        return jax.tree.map(lambda u: factor * u, updates)
+
     def at_own_rate(updates, params):
         if "projection" not in updates:
             return updates
         return updates | {"projection": projection_rate * updates["projection"]}
 
     return optax.chain(
-        optax.clip_by_global_norm(clip),
+        optax.stateless(clipped),
         optax.scale_by_adam(b1=b1, b2=b2, eps=1e-8),
         optax.add_decayed_weights(weight_decay, mask=decayed),
         optax.scale_by_learning_rate(learning_rate),
@@ -133,15 +138,22 @@ def make_step(
         value, metrics, slope = gradient(loss, state["params"], frozen, batch, state["step"], accumulate)
         norm = optax.tree.norm(slope)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(slope, state["opt_state"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        new = {"params": params, "opt_state": opt_state}
-        if ema:
-            new["ema"] = jax.tree.map(lambda mean, p: mean + (1 - ema) * (p - mean), state["ema"], params)
-        if reweigh:
-            new[LOG_WEIGHTS] = reweigh(state[LOG_WEIGHTS], *metrics["ce_by_specialty"])
-        old = {name: state[name] for name in new}
-        kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+        def update(slope, metrics, old):
+            """A branch of its own, not a choice between new and old values: here the parameters are made from the new
+            moments, which then take the place of the old. A choice needs both at once, and XLA's CPU backend then
+            copies both moments in every step (bench/RESULTS.md)."""
+            updates, opt_state = optimizer.update(slope, old["opt_state"], old["params"])
+            params = optax.apply_updates(old["params"], updates)
+            new = {"params": params, "opt_state": opt_state}
+            if ema:
+                new["ema"] = jax.tree.map(lambda mean, p: mean + (1 - ema) * (p - mean), old["ema"], params)
+            if reweigh:
+                new[LOG_WEIGHTS] = reweigh(old[LOG_WEIGHTS], *metrics["ce_by_specialty"])
+            return new
+
+        old = {name: state[name] for name in state.keys() - {"step", "skipped"}}
+        kept = jax.lax.cond(finite, update, lambda slope, metrics, old: old, slope, metrics, old)
         skipped = state["skipped"] + jnp.where(finite, 0, 1).astype(jnp.int32)
         report = reduce(metrics) | {
             "loss": value,
@@ -153,4 +165,4 @@ def make_step(
             report["weight_by_specialty"] = frozen.specialty_weights_S
         return kept | {"step": state["step"] + 1, "skipped": skipped}, report
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=sharding.compiler_options(loss.objective.mesh))
