@@ -3,10 +3,11 @@
     pip install 'libtpu==0.0.42.*'
     TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python bench/attention_cost.py [PAIRS_OF_LAYERS ...]
 
-No TPU is needed. For each number of pairs (0 and 2 by default) the loss and its gradient are compiled for a v5e:2x2
-from shapes alone: 8 rows of 1,024 tokens, bfloat16 compute and teacher, student in float32, all cut four ways. Printed
-are the arithmetic of the matrix products, counted from the shapes because the compiler's own count sees the body of a
-loop once, that count, and the memory of a chip. No times: the compiler has no estimate for scatters, which pool a map.
+No TPU is needed, but patience: with pairs the compilation takes many minutes. For each number of pairs (0 and 2 by
+default) the loss and its gradient are compiled for a v5e:2x2 from shapes alone: 8 rows of 1,024 tokens, taught and
+computed in bfloat16, student in float32, all cut four ways. Printed are the arithmetic of the matrix products,
+counted from the shapes because the compiler sees the body of a loop once, its own count, and the memory of a chip. No
+times: the compiler has no estimate for scatters, which pool a map.
 """
 
 import sys
@@ -18,11 +19,12 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from distil_jax import alignment, sharding
+from distil_jax import sharding
 from distil_jax.losses.kd import PlacedTable
 from distil_jax.losses.schedules import schedule
 from distil_jax.models import model_from_config
 from distil_jax.objective import Frozen, Loss, Objective
+from distil_jax.recipe import alignment_of
 from distil_jax.tokens.pack import STUDENT_FIELDS, TEACHER_FIELDS
 
 ROWS, LENGTH = 8, 1024
@@ -44,8 +46,9 @@ def main(*counts: str) -> None:
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
     mesh = Mesh(np.array(devices).reshape(1, 4, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
     for pairs in map(int, counts or ("0", "2")):
-        compared = alignment.of(config(pairs), 100, student, teacher)
-        print(f"\n{pairs} pairs of layers {compared.attention if compared else ()}")
+        compared = alignment_of(config(pairs), student, teacher, 100)
+        chosen = [(pair.student, pair.teacher) for pair in compared.pairs] if compared else []
+        print(f"\n{pairs} pairs of layers {chosen}")
         step, term = step_flops(student, teacher), pairs * term_flops(student, teacher)
         print(
             f"   matrix products of the step {step / 1e12:.1f} TFLOP, of the term {term / 1e12:.2f}: {term / step:.1%}"
@@ -62,9 +65,9 @@ def config(pairs: int) -> ConfigDict:
     """The default objective with that many pairs."""
     return ConfigDict(
         {
-            "beta": {"kind": "constant", "start": 0.2, "end": 0.2},
-            "attention": {"layers": pairs, "student_layers": "", "heads": "mean"},
-            "hidden_states": {"weight": 0.0, "layers": 0, "student_layers": ""},
+            "beta": dict.fromkeys(("start", "end"), 0.2 if pairs else 0.0) | {"kind": "constant"},
+            "attention": {"pairs": pairs or 1, "student_layers": "", "teacher_layers": "", "heads": "mean"},
+            "hidden_states": 0.0,
         }
     )
 
@@ -123,7 +126,7 @@ def compile_step(student, teacher, compared, mesh):
     loss = Loss(
         Objective(
             student, teacher=teacher, alpha=constant, temperature=schedule("constant", 1.0, 1.0, 100),
-            alignment=compared, compute_dtype="bfloat16", remat=True, mesh=mesh,
+            alignment=compared, compute_dtype="bfloat16", remat="full", mesh=mesh,
         )
     )  # fmt: skip
     params = {"model": placed(student, jnp.float32)}
