@@ -3,7 +3,7 @@
     pip install 'libtpu==0.0.42.*'
     TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python bench/attention_cost.py [PAIRS_OF_LAYERS ...]
 
-No TPU is needed, but patience: with pairs the compilation takes many minutes. For each number of pairs (0 and 2 by
+No TPU is needed, but patience: minutes for each number of pairs. For each number of pairs (0 and 2 by
 default) the loss and its gradient are compiled for a v5e:2x2 from shapes alone: 8 rows of 1,024 tokens, taught and
 computed in bfloat16, student in float32, all cut four ways. Printed are the arithmetic of the matrix products,
 counted from the shapes because the compiler sees the body of a loop once, its own count, and the memory of a chip. No

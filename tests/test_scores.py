@@ -287,7 +287,10 @@ def test_every_row_holds_what_the_teacher_says_of_it(scored):
             assert len(set(zip(at, slots, strict=True))) == len(set(at)) == len(set(slots))
             t = np.where(mapped[:, None], logits[r, at].T[: len(mapped)], LOWEST)
             ids = fields["score_ids"][slots]
-            np.testing.assert_array_equal(ids, np.argsort(-t.T, axis=1, kind="stable")[:, :K])
+            # The likeliest first; two whose logits differ by less than rounding may change places.
+            assert all(len(set(of_one)) == K for of_one in ids.tolist())
+            largest = -np.sort(-t.T, axis=1)[:, :K]
+            np.testing.assert_allclose(np.take_along_axis(t, ids.T, axis=0).T, largest, rtol=0, atol=1e-5)
             for tau in (*TEMPERATURES, 1.2, 2.0):
                 said = np.asarray(log_probs(fields["score_codes"], fields["score_rest"], TEMPERATURES, tau))[slots]
                 assert np.abs(said - np.take_along_axis(log_softmax64(t, tau), ids.T, axis=0).T).max() < 1.5 * STEP

@@ -10,6 +10,7 @@ Maps never exist for a batch: rows are taken one by one, heads one by one within
 the backward pass. What the models hand over for it are the queries and keys of the chosen layers.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -126,10 +127,15 @@ def distances(
 
 
 def pooled(map_LxL: Float[Array, "L L"], group_L: Int[Array, " L"], groups: int) -> Float[Array, "G1 G1"]:
-    """A map over byte groups 0 to `groups` (0 is padding): mean over the queries of a group, sum over its keys."""
-    sums = lambda x: jax.ops.segment_sum(x, group_L, groups + 1)  # noqa: E731
-    queries = jnp.maximum(sums(jnp.ones(len(group_L), map_LxL.dtype)), 1)
-    return sums(sums(map_LxL).T).T / queries[:, None]
+    """A map over byte groups 0 to `groups` (0 is padding): mean over the queries of a group, sum over its keys.
+
+    As two products with the matrix of membership: a matrix unit does these in a fraction of the time of a scatter.
+    HIGHEST, as each weight of the map must come through whole.
+    """
+    member_G1xL = (jnp.arange(groups + 1)[:, None] == group_L[None]).astype(map_LxL.dtype)
+    dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    queries = jnp.maximum(jnp.sum(member_G1xL, axis=1), 1)
+    return dot(dot(member_G1xL, map_LxL), member_G1xL.T) / queries[:, None]
 
 
 def _row(row, pairs, mixing, projections) -> Distances:
