@@ -14,7 +14,6 @@ gives them; "torch, fewer logits" runs both heads only at the positions that are
 "stored scores" is our step with the teacher's 64 likeliest tokens read from the batch; its loss is another one.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from memory import peak_of, resident
-from step_case import ALPHA, B1, B2, CLIP, DECAY, RATE, Case, make_case, make_ours
+from step_case import ALPHA, B1, B2, CLIP, DECAY, RATE, Case, arguments, make_case, make_ours
 from timing import side_by_side
 from transformers import AutoModelForCausalLM
 
@@ -117,15 +116,8 @@ def plain_torch(case: Case, fewer: bool) -> Step:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("teacher")
-    parser.add_argument("student")
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--length", type=int, default=126)
-    parser.add_argument("--block", type=int, default=0, help="config.objective.block")
-    parser.add_argument("--remat", default="dots", help="config.student.training.remat")
+    parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", help="measure the memory of this form, here")
     args = parser.parse_args()
     case = make_case(args.teacher, args.student, rows=args.rows, length=args.length, temperature=args.temperature)

@@ -1,5 +1,6 @@
 """What bench/step.py and bench/step_profile.py measure: a pair of models, W, and one batch of real text."""
 
+import argparse
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,19 @@ class Case(NamedTuple):
     batch: dict[str, np.ndarray]
     projection: Projection
     temperature: float
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """What a script about this case is told."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("teacher")
+    parser.add_argument("student")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=126)
+    parser.add_argument("--block", type=int, default=0, help="config.objective.block")
+    parser.add_argument("--remat", default="dots", help="config.student.training.remat")
+    parser.add_argument("--rounds", type=int, default=5)
+    return parser
 
 
 def make_case(teacher: str, student: str, *, rows: int, length: int, temperature: float) -> Case:

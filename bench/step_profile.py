@@ -9,12 +9,10 @@ alone, at the shapes of the model, timed here too: what is left is everything th
 makes of these.
 """
 
-import argparse
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from step_case import ALPHA, make_case, make_ours
+from step_case import ALPHA, arguments, make_case, make_ours
 from timing import side_by_side
 
 from distil_jax import sharding
@@ -50,15 +48,7 @@ def seconds_of_products(shapes: list[tuple[int, int, int]], rounds: int) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("teacher")
-    parser.add_argument("student")
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--length", type=int, default=126)
-    parser.add_argument("--block", type=int, default=0, help="config.objective.block")
-    parser.add_argument("--remat", default="dots", help="config.student.training.remat")
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    args = arguments(__doc__.splitlines()[0]).parse_args()
     case = make_case(args.teacher, args.student, rows=args.rows, length=args.length, temperature=1.0)
     made = make_ours(case, args.block, args.remat)
     objective, frozen, batch = made.loss.objective, made.frozen, made.batch

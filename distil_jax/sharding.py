@@ -108,8 +108,8 @@ def compiler_options(mesh: Mesh | None) -> dict[str, str]:
     """Options of `jax.jit` for a training step on the devices of the mesh.
 
     XLA's CPU backend orders a program for concurrency, and then fills the gradient's stacks with zeros before the loss
-    is known: they lie beside the head's blocks. Ordered for memory a step takes a third less (bench/RESULTS.md) and no
-    more time. Other backends order for memory of their own accord.
+    is known: they lie beside the head's blocks. Ordered for memory a step takes a third less beside its arguments
+    (bench/RESULTS.md). Other backends have no such option.
     """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if platform == "cpu" else {}

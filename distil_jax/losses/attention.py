@@ -129,8 +129,9 @@ def distances(
 def pooled(map_LxL: Float[Array, "L L"], group_L: Int[Array, " L"], groups: int) -> Float[Array, "G1 G1"]:
     """A map over byte groups 0 to `groups` (0 is padding): mean over the queries of a group, sum over its keys.
 
-    As two products with the matrix of membership: a matrix unit does these in a fraction of the time of a scatter.
-    HIGHEST, as each weight of the map must come through whole.
+    As two products with the matrix of membership, for the matrix unit of an accelerator: with scatters the TPU
+    compiler had not ended after minutes, though a CPU is faster with them (bench/RESULTS.md). HIGHEST, as each weight
+    of the map must come through whole.
     """
     member_G1xL = (jnp.arange(groups + 1)[:, None] == group_L[None]).astype(map_LxL.dtype)
     dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)

@@ -30,6 +30,8 @@ from distil_jax.models.int8 import Int8, dequantize
 from distil_jax.models.layers import unembed
 from distil_jax.sharding import BATCH_AXES
 
+_PIECES = 8  # of the gradient of the unembedding, each added in its turn
+
 
 class Teacher(NamedTuple):
     """What the teacher says at the student's positions: its hidden state there, and the way to the student's tokens."""
@@ -386,12 +388,30 @@ def _block(spec, wanted, unembedding_VxD, teacher, temperature, one, sums):
         d_z += (w_kl * temperature**2)[None] * d_kl_VxN
     d_z = d_z.astype(unembedding_VxD.dtype)
     d_hidden = jnp.einsum("vn,vd->nd", d_z, unembedding_VxD, preferred_element_type=jnp.float32)
-    added = {}
     if wanted.unembedding:
-        added["unembedding"] = jnp.einsum("vn,nd->vd", d_z, hidden_NxD, preferred_element_type=jnp.float32)
+        sums = sums | {"unembedding": _add_outer(sums["unembedding"], d_z, hidden_NxD)}
     if wanted.weights:
-        added["weights"] = d_weights
-    return loss, values, d_hidden, {name: x + added[name] for name, x in sums.items()}
+        sums = sums | {"weights": sums["weights"] + d_weights}
+    return loss, values, d_hidden, sums
+
+
+def _add_outer(
+    sum_VxD: Float[Array, "V D"], d_z_VxN: Float[Array, "V N"], hidden_NxD: Float[Array, "N D"]
+) -> Float[Array, "V D"]:
+    """`sum + d_z hidden`, some rows at a time: a product to be added is an array of its own, and that of all rows would
+    be a second gradient of the whole matrix."""
+    V = len(d_z_VxN)
+    rows = max(1, -(-V // _PIECES))
+
+    def add(total, start, rows):
+        d_z = jax.lax.dynamic_slice_in_dim(d_z_VxN, start, rows)
+        here = jax.lax.dynamic_slice_in_dim(total, start, rows)
+        added = jnp.einsum("vn,nd->vd", d_z, hidden_NxD, preferred_element_type=jnp.float32)
+        return jax.lax.dynamic_update_slice_in_dim(total, here + added, start, axis=0)
+
+    whole = V // rows
+    total = jax.lax.fori_loop(0, whole, lambda n, total: add(total, n * rows, rows), sum_VxD)
+    return add(total, whole * rows, V - whole * rows) if V % rows else total
 
 
 def _taught(spec, wanted, teacher, w_kl, per_token, z_VxN, temperature):
