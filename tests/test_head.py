@@ -159,7 +159,7 @@ def close(c, found, expected):
     np.testing.assert_allclose(loss, r_loss, rtol=1e-5)
     np.testing.assert_allclose(out.kl_BxL, r_divergence * (c["kl_w"] > 0), rtol=1e-5, atol=2e-6)
     for a, b in zip(grads, r_grads, strict=False):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
 @pytest.mark.parametrize("kind, k, tau", [(kind, k, 3.0) for kind in KINDS for k in (0, 5)] + [("forward", 1, 1.0)])
