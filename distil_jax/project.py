@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from distil_jax import learners, sharding
+from distil_jax import information, learners, sharding
 from distil_jax.data.loader import Loader
 from distil_jax.losses.kd import teacher_logits
 from distil_jax.projection import Projection
-from distil_jax.tokens.align import ROOT
+from distil_jax.tokens.align import NONE, token_classes
 from distil_jax.workdir import Workdir
 
 
@@ -41,34 +41,42 @@ def main(config: ConfigDict) -> dict[str, Any]:
 
         # Every co-occurrence of the training split: token ids alone, no model.
         train = loader("train")
-        pairs = [root_pairs(batch) for batch in train.sweep()]
+        pairs = [boundary_pairs(batch) for batch in train.sweep()]
         counts = np.concatenate([p["teacher"] for p in pairs]), np.concatenate([p["student"] for p in pairs])
         built = Projection.build(
             teacher=tables["teacher"], student=tables["student"], counts=counts, k=c.size, prior=c.prior
         )
 
-        # Fitted on what the teacher says at the root positions of some training rows.
+        # Fitted on what the teacher says at the shared boundaries of some training rows.
+        unigram = np.load(work / "corpus" / "student_unigram.npy")
         hidden_of = jax.jit(lambda params, batch: teacher_states(teacher, params, batch))
         fitting = gather(hidden_of, params, first(train, c.fit_rows), mesh)
         ids, probs = top(unembedding, built, fitting["hidden"], c.fit_top)
         fitted, fit = built.fit(
-            ids, probs, fitting["student"], steps=c.fit_steps, learning_rate=c.fit_learning_rate, keep=c.fit_keep,
-            seed=config.seed,
+            ids, probs, fitting["student"], unigram_Vs=unigram, steps=c.fit_steps, learning_rate=c.fit_learning_rate,
+            keep=c.fit_keep, seed=config.seed,
         )  # fmt: skip
         fitted.save(stage.folder)
 
-        # Measured on held-out text, as built and as fitted.
+        # Measured on held-out text: as built, as fitted, and with the rows of W shuffled, which must be worse.
         held_out = gather(hidden_of, params, loader("test").sweep(rows=config.evaluation.rows), mesh)
-        unigram = np.load(work / "corpus" / "student_unigram.npy")
-
-        def measure(W):
-            return W.measure(
-                held_out["hidden"], unembedding, held_out["teacher"], held_out["student"], held_out["document"],
-                tables["student"].lengths[held_out["student"]], one_to_one(held_out, tables), unigram,
-                samples=config.evaluation.bootstrap,
-            )  # fmt: skip
-
-        measures = {"built": measure(built), "fitted": measure(fitted)}
+        positions = information.Positions(
+            held_out["hidden"], held_out["teacher"], held_out["student"], held_out["document"],
+            tables["student"].lengths[held_out["student"]], one_to_one(held_out, tables),
+            token_classes(tables["student"])[held_out["student"]], held_out["specialty"],
+        )  # fmt: skip
+        resampled = {"samples": config.evaluation.bootstrap, "seed": config.seed}
+        values = {
+            name: information.values(
+                W, positions, unembedding, unigram_Vs=unigram, tables=tables, tail=config.score.top_k
+            )
+            for name, W in (("built", built), ("fitted", fitted), ("shuffled", built.shuffled(config.seed)))
+        }
+        specialties = corpus["specialties"]
+        measures = {
+            name: information.summary(v, positions, specialties=specialties, **resampled) for name, v in values.items()
+        }
+        fit["gain"] = information.gain(values["built"], values["fitted"], positions, **resampled)
     return stage.finish(
         **measures,
         fit=fit,
@@ -77,14 +85,17 @@ def main(config: ConfigDict) -> dict[str, Any]:
     )
 
 
-def root_pairs(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The supervised root positions of a batch: both next tokens, document, and where they stand; arrays [n]."""
-    rows, columns = np.nonzero((batch["role"] == ROOT) & (batch["student_weights"] > 0))
+def boundary_pairs(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The supervised positions of a batch where both tokenizations have a boundary: both next tokens, document and
+    specialty, and where they stand; arrays [n]."""
+    shared = (batch["role"] != NONE) & (batch["offset"] == 0)
+    rows, columns = np.nonzero(shared & (batch["student_weights"] > 0))
     at = batch["teacher_position"][rows, columns]
     return {
         "student": batch["student_targets"][rows, columns],
         "teacher": batch["teacher_targets"][rows, at],
         "document": batch["document"][rows, columns],
+        "specialty": batch["specialty"][rows, columns],
         "row": rows,
         "at": at,
     }
@@ -102,11 +113,11 @@ def first(loader: Loader, rows: int) -> Iterable[dict[str, np.ndarray]]:
 
 
 def gather(hidden_of: Any, params: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Any) -> dict[str, np.ndarray]:
-    """`root_pairs` of all batches, with the teacher state that predicts each, as "hidden" [n, Dt] float32."""
+    """`boundary_pairs` of all batches, with the teacher state that predicts each, as "hidden" [n, Dt] float32."""
     parts = []
     for batch in batches:
         hidden = np.asarray(hidden_of(params, sharding.put_batch(batch, mesh)).astype(jnp.float32))
-        pairs = root_pairs(batch)
+        pairs = boundary_pairs(batch)
         parts.append(pairs | {"hidden": hidden[pairs["row"], pairs["at"]]})
     return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
@@ -131,7 +142,7 @@ def top(unembedding: jax.Array, W: Projection, hidden_NxDt: np.ndarray, k: int) 
 
 
 def one_to_one(pairs: dict[str, np.ndarray], tables: dict[str, Any]) -> np.ndarray:
-    """bool [n]: the root positions where both next tokens are text of the same length, so of the same bytes."""
+    """bool [n]: the positions where both next tokens are text of the same length, so of the same bytes."""
     student = tables["student"].lengths[pairs["student"]]
     return (student > 0) & (student == tables["teacher"].lengths[pairs["teacher"]])
 

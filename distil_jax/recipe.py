@@ -70,7 +70,8 @@ def make(
     shards = Shards.of(mesh)
     table, rows = place(projection.table(), shards), None
     if shards.size > 1:
-        lies = jax.tree.map(lambda spec: NamedSharding(mesh, spec), PlacedTable.specs(shards))
+        specs = PlacedTable.specs(shards, rest=table.rest is not None)
+        lies = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
         table = jax.device_put(table, lies)
         rows = jax.jit(rows_of, out_shardings=lies.weights)(teacher.unembedding(teacher_params), table)
     objective = Objective(model, teacher=teacher, alignment=alignment_of(o, model, teacher, t.steps), **common)

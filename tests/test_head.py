@@ -19,11 +19,21 @@ B, L, D, DT, VS, VT, TEXT_VS, TEXT_VT = 8, 9, 6, 5, 23, 37, 21, 34
 
 @pytest.fixture(scope="module")
 def case():
+    return make_case()
+
+
+@pytest.fixture(scope="module")
+def leaving():
+    """A W some of whose rows leave a part to student tokens that they do not name."""
+    return make_case(leaving=True)
+
+
+def make_case(leaving=False):
     r = np.random.default_rng(0)
     W = np.zeros((VT, VS))
     for v in range(TEXT_VT):
-        ids = r.choice(TEXT_VS, size=r.integers(1, 4), replace=False)
-        W[v, ids] = r.dirichlet(np.ones(len(ids)))
+        ids = r.choice(TEXT_VS - 2 * leaving, size=r.integers(1, 4), replace=False)
+        W[v, ids] = r.dirichlet(np.ones(len(ids))) * (1 if not leaving or v % 3 else 0.7)
     teacher_ids, student_ids = np.nonzero(W)
     order = np.argsort(student_ids, kind="stable")
     teacher_ids, student_ids = teacher_ids[order], student_ids[order]
@@ -37,8 +47,9 @@ def case():
         ce_w=ce_w,
         kl_w=r.uniform(size=(B, L)) * (ce_w > 0) * (r.uniform(size=(B, L)) < 0.7),
         W=W,
+        rest=np.where(W.any(1), 1 - W.sum(1), 0) * leaving,
         table=(teacher_ids, student_ids, W[teacher_ids, student_ids]),
-        slots=teacher_ids * VS + student_ids,
+        slots=teacher_ids * (VS + 1) + student_ids,
     )
 
 
@@ -72,8 +83,9 @@ def reference(c, tau, smoothing):
 def table_of(c):
     mapped = jnp.arange(VT - 1) < TEXT_VT
     return ProjectionTable(
-        jnp.int32(c["table"][0]), jnp.int32(c["table"][1]), jnp.float32(c["table"][2]), mapped, c["slots"]
-    )
+        jnp.int32(c["table"][0]), jnp.int32(c["table"][1]), jnp.float32(c["table"][2]), mapped, c["slots"],
+        jnp.float32(c["rest"]) if c["rest"].any() else None,
+    )  # fmt: skip
 
 
 def teacher_of(c, mesh=None):
@@ -108,9 +120,14 @@ def run(c, tau, smoothing=0.0, block=512, mesh=None, kd=True, teacher=None, **op
     return loss, out, grads
 
 
-def softmax_of_support(logits_VtxVs, W):
+def rows_of_w(c):
+    """Its entries and, in the last column, what they leave."""
+    return np.concatenate([c["W"], c["rest"][:, None]], axis=1)
+
+
+def softmax_of_support(logits_VtxVs1, W):
     """W from the logits of its entries."""
-    return jnp.where(W > 0, jax.nn.softmax(jnp.where(W > 0, logits_VtxVs, -1e30), axis=1), 0)
+    return jnp.where(W > 0, jax.nn.softmax(jnp.where(W > 0, logits_VtxVs1, -1e30), axis=1), 0)
 
 
 def plain(c, tau, kind, skew, k):
@@ -122,12 +139,12 @@ def plain(c, tau, kind, skew, k):
             z = (h @ E.T)[..., :TEXT_VS]
             t = (x["teacher_hidden"] @ x["Et"].T)[..., :TEXT_VT]
             q = jax.nn.softmax(t / tau)
-            W = softmax_of_support(logits, x["W"])[:TEXT_VT, :TEXT_VS]
+            W = softmax_of_support(logits, rows_of_w(c))[:TEXT_VT, :TEXT_VS]
             if k:
                 q = jnp.where(t >= jnp.sort(t)[..., -k][..., None], q, 0)
             p, s = q @ W, jax.nn.softmax(z / tau)
             u = jnp.full(p.shape, 1 / TEXT_VS)
-            if k:  # cells: the tokens reached, and one for all others
+            if k or c["rest"].any():  # cells: the tokens reached, and one for all others
                 on = p > 0
                 rest = lambda a: jnp.sum(jnp.where(on, 0, a), axis=-1, keepdims=True)  # noqa: E731
                 cells = lambda a, r: jnp.concatenate([jnp.where(on, a, 0), r], axis=-1)  # noqa: E731
@@ -147,7 +164,7 @@ def plain(c, tau, kind, skew, k):
             ce = -jnp.take_along_axis(log_s1, x["labels"][..., None], -1)[..., 0]
             return jnp.sum(x["ce_w"] * ce + x["kl_w"] * tau**2 * divergence), divergence
 
-        logits = jnp.log(jnp.maximum(x["W"], 1e-30))
+        logits = jnp.log(jnp.maximum(jnp.asarray(rows_of_w(c)), 1e-30))
         grad = jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True)
         (loss, divergence), grads = grad(x["hidden"], x["E"], logits)
         return jax.tree.map(np.asarray, (loss, divergence, grads))
@@ -176,18 +193,31 @@ def test_every_divergence_equals_its_definition_in_float64(case, kind, k, tau):
         )
 
 
+@pytest.mark.parametrize("kind, k", [(kind, 0) for kind in KINDS] + [("forward", 4), ("jsd", 4)])
+def test_what_rows_leave_is_compared_as_one_cell(leaving, kind, k):
+    skew = 0.5 if kind == "jsd" else 0.1
+    expected = plain(leaving, 3.0, kind, skew, k)
+    close(leaving, run(leaving, 3.0, block=7, divergence=kind, skew=skew, top_k=k), expected)
+    with jax.set_mesh(mesh := make_mesh(2, 2, 2)):
+        close(leaving, run(leaving, 3.0, block=7, divergence=kind, skew=skew, top_k=k, mesh=mesh), expected)
+
+
 CASES = [(kind, 5, None) for kind in KINDS] + [("forward", 0, None), ("forward", 5, (2, 2, 2)), ("jsd", 0, (2, 2, 2))]
 
 
-@pytest.mark.parametrize("kind, k, shape", CASES)
-def test_w_learns_through_every_divergence(case, kind, k, shape):
+CASES = [("case", *c) for c in CASES] + [("leaving", *c) for c in CASES if c[0] in ("forward", "jsd")]
+
+
+@pytest.mark.parametrize("which, kind, k, shape", CASES)
+def test_w_learns_through_every_divergence(request, which, kind, k, shape):
     """The gradient with respect to the logits of W's rows, from entries, from placed entries and from rows."""
+    case = request.getfixturevalue(which)
     mesh = shape and make_mesh(*shape)
-    logits = jnp.log(jnp.maximum(jnp.float32(case["W"]), 1e-30))
+    logits = jnp.log(jnp.maximum(jnp.float32(rows_of_w(case)), 1e-30))
     expected = plain(case, 2.0, kind, 0.3, k)[2][2]
 
     def loss(logits, teacher):
-        W = softmax_of_support(logits, case["W"])
+        W = softmax_of_support(logits, rows_of_w(case))
         if isinstance(teacher, TopKTeacher):
             weights = jnp.take_along_axis(W, jnp.maximum(teacher.projection.ids, 0), axis=1)
             rows = teacher.projection._replace(weights=jnp.where(teacher.projection.ids >= 0, weights, 0))

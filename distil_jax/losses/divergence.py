@@ -43,8 +43,8 @@ def divergence(
     """`D(p, softmax(z / tau))` of each column in nats, and its gradients with respect to `z` and `p`.
 
     p: the projected teacher at the same temperature; it need not sum to exactly 1 in float32, the gradient allows for
-      it. rest_N: the mass of p that is left outside its support, compared as one cell with what the student puts there;
-      the gradient with respect to p takes it to be given.
+      it. rest_N: the mass of p that is left outside its support, compared as one cell with what the student puts there.
+      It is 1 less the others, and the gradient with respect to p counts that in.
     z: logits of this device's rows, `vocabulary.LOWEST` where a row is no token. text_vocab: how many rows are.
 
     Callers multiply by tau^2, so that the gradient keeps its size as tau changes (Hinton et al., section 2).
@@ -62,10 +62,10 @@ def divergence(
         jnp.stack([jnp.sum(jnp.where(on, x, 0), axis=0) for on, x in _sums(reached, s, f, sg)])
     )
     s_rest_N = jnp.maximum(s_rest_N, jnp.finfo(jnp.float32).tiny)
-    f_rest, sg_rest, _ = _cells(kind, skew, rest_N, s_rest_N, jnp.log(s_rest_N), 1 - count_N * uniform)
+    f_rest, sg_rest, d_rest = _cells(kind, skew, rest_N, s_rest_N, jnp.log(s_rest_N), 1 - count_N * uniform)
     # Inside the remainder the student is free: its tokens share the cell's gradient as they share its mass.
     sg = jnp.where(reached, sg, s * (sg_rest / s_rest_N)[None])
-    return value_N + f_rest, (sg - s * (inner_N + sg_rest)[None]) / temperature, d_p
+    return value_N + f_rest, (sg - s * (inner_N + sg_rest)[None]) / temperature, d_p - d_rest[None]
 
 
 def _sums(reached: Bool[Array, "V N"], s: Array, f: Array, sg: Array):

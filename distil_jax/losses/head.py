@@ -109,8 +109,9 @@ def distill(
     with the uniform distribution if `label_smoothing` > 0; Szegedy et al. 2016, section 7). `q_n` and `s_n` are the
     teacher's and the student's full softmax at `temperature`; the temperature is applied before the projection, with
     which it does not commute. `D` is one of divergence.KINDS, "forward" for KL(W^T q || s). With `top_k`, or with a
-    `TopKTeacher`, only the teacher's K likeliest tokens are projected and D compares them and one remainder cell, which
-    holds the rest of both distributions. Weights are final: whoever calls has divided them by the global sum.
+    `TopKTeacher`, only the teacher's K likeliest tokens are projected; where rows of W leave a remainder, they are
+    projected without it. D then compares the tokens that are reached and one cell for all others, which holds the rest
+    of both distributions. Weights are final: whoever calls has divided them by the global sum.
 
     The gradient flows into `hidden_BxLxD`, `unembedding_VsxD` and the weights of the projection; the last two are
     formed only where they are asked for (a frozen embedding is not). That of W takes its rows to sum to 1, as a softmax
@@ -217,7 +218,9 @@ def _on_mesh(spec, wanted, hidden, unembedding, labels, ce_weights, kl_weights, 
     handed = tuple(a for a in spec.shards.axes if a in batch_axes)  # their devices score each other's tokens
     summed = tuple(a for a in batch_axes if a not in handed)
     tokens, whole, cut = PartitionSpec(batch_axes), PartitionSpec(), PartitionSpec(spec.shards.axes or None)
-    projection = PlacedTable.specs(spec.shards) if spec.shards.axes else whole
+    projection = whole
+    if spec.shards.axes and isinstance(teacher, Teacher):
+        projection = PlacedTable.specs(spec.shards, rest=teacher.projection.rest is not None)
     teacher_specs = {
         type(None): None,
         Teacher: Teacher(tokens, cut, projection),

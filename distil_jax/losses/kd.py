@@ -24,6 +24,7 @@ from distil_jax.models.int8 import Int8
 from distil_jax.models.layers import unembed
 
 EMPTY = -1  # the id at an empty place of a row of W
+REST = -2  # the id of a row's remainder: student tokens that it does not name
 _HEAVY = 16  # a student token with more than this part of a shard's mean number of entries is heavy
 _ROWS = 128  # the rows of a placed table are a multiple of this: tiles of the matrix unit
 
@@ -31,9 +32,9 @@ _ROWS = 128  # the rows of a placed table are a multiple of this: tiles of the m
 class ProjectionTable(NamedTuple):
     """The sparse `W: [Vt, Vs]` as a list of its entries, sorted by student token.
 
-    `weights` are probabilities: the entries of one teacher token sum to 1. `mapped` tells which teacher tokens have
-    entries; the others (control tokens without a counterpart, unused ids, padding rows) are in no softmax of the
-    teacher.
+    `weights` are probabilities: the entries of one teacher token and its `rest`, which is what the row leaves to
+    student tokens that it does not name, sum to 1. `mapped` tells which teacher tokens have entries; the others
+    (control tokens without a counterpart, unused ids, padding rows) are in no softmax of the teacher.
     """
 
     teacher_ids: Int[Array, " nnz"]
@@ -41,6 +42,7 @@ class ProjectionTable(NamedTuple):
     weights: Float[Array, " nnz"]
     mapped: Bool[Array, " Vt"]
     slots: Int[Array, " nnz"]  # where the entry stands in the rows of W, [Vt * k]
+    rest: Float[Array, " Vt"] | None = None  # None: no row leaves anything
 
 
 class PlacedTable(NamedTuple):
@@ -58,12 +60,13 @@ class PlacedTable(NamedTuple):
     first: Bool[Array, " SR"]
     slots: Int[Array, " SR"]
     heavy: Int[Array, " H"]  # student ids, the same on all shards
+    rest: Float[Array, " SR"] | None = None  # of the token of each `first` entry, 0 elsewhere
 
     @classmethod
-    def specs(cls, shards: Shards) -> "PlacedTable":
-        """How each field lies on the mesh."""
+    def specs(cls, shards: Shards, rest: bool = False) -> "PlacedTable":
+        """How each field lies on the mesh, with a remainder or without."""
         cut = PartitionSpec(shards.axes)
-        return cls(cut, cut, cut, cut, cut, PartitionSpec())
+        return cls(cut, cut, cut, cut, cut, PartitionSpec(), cut if rest else None)
 
     def gather(self, mass_RxN: Float[Array, "R N"], rows: int, shards: Shards) -> Float[Array, "V N"]:
         """The sums of this device's entries, for its student rows."""
@@ -83,7 +86,8 @@ class PlacedTable(NamedTuple):
 
 
 class ProjectionRows(NamedTuple):
-    """The rows of W: student tokens of each teacher token (EMPTY at empty places) and their probabilities (0 there)."""
+    """The rows of W: student tokens of each teacher token and their probabilities (0 where the id is EMPTY). The last
+    place of a row may be its REST."""
 
     ids: Int[Array, "Vt k"]
     weights: Float[Array, "Vt k"]
@@ -119,6 +123,9 @@ def place(table: ProjectionTable, shards: Shards) -> ProjectionTable | PlacedTab
         column[at] = np.asarray(values)[order]
         return jnp.asarray(column)
 
+    rest = None
+    if table.rest is not None:
+        rest = placed(np.where(first, np.asarray(table.rest)[np.asarray(table.teacher_ids)], 0))
     return PlacedTable(
         placed(table.teacher_ids),
         placed(segment.astype(np.int32), int(segment.max())),  # filled up at the end, so that they stay sorted
@@ -126,6 +133,7 @@ def place(table: ProjectionTable, shards: Shards) -> ProjectionTable | PlacedTab
         placed(first),
         placed(table.slots),
         jnp.asarray(heavy, jnp.int32),
+        rest,
     )
 
 
@@ -156,8 +164,12 @@ def row_softmax(logits: Float[Array, "... k"], ids: Int[Array, "... k"]) -> Floa
 
 def with_weights(table: ProjectionTable | PlacedTable, weights_Vtxk: Float[Array, "Vt k"]):
     """The table of a W that learns: the same entries, with probabilities from its rows. For a jitted function."""
-    weights = weights_Vtxk.reshape(-1)[table.slots]
-    return table._replace(weights=jnp.where(table.weights > 0, weights, 0))
+    weights = jnp.where(table.weights > 0, weights_Vtxk.reshape(-1)[table.slots], 0)
+    if table.rest is None:
+        return table._replace(weights=weights)
+    last = weights_Vtxk[:, -1]
+    rest = jnp.where(table.rest > 0, last if isinstance(table, ProjectionTable) else last[table.teacher_ids], 0)
+    return table._replace(weights=weights, rest=rest)
 
 
 def project(q_VtxN: Float[Array, "Vt N"], table: ProjectionTable, student_vocab: int) -> Float[Array, "Vs N"]:
@@ -203,10 +215,10 @@ def full_target(
     temperature does not commute.
 
     top_k: only the teacher's K likeliest tokens (and what equals the K-th) are projected; the mass of the others is the
-    remainder.
+    remainder, with what the rows of W leave.
 
-    `pull` takes the rows of W to sum to 1 whatever their weights, as a softmax makes them: normaliser and remainder
-    then do not depend on W.
+    `pull` takes the rows of W to sum to 1 whatever their weights, as a softmax makes them: the normaliser then does not
+    depend on W, and a gradient counts against that of the remainder (divergence.divergence).
     """
     whole = isinstance(table, ProjectionTable)
     if whole:
@@ -223,12 +235,20 @@ def full_target(
 
     def at(temperature):
         e_RxN = jnp.exp((t_RxN - largest_N[None]) / temperature)
-        share_RxN = e_RxN if whole else e_RxN * table.weights[:, None]
-        total_N = shards.sum(jnp.sum(share_RxN, axis=0))
-        rest_N = None
+        share_RxN = e_RxN if whole else e_RxN * table.weights[:, None]  # of the placed entries of a token, each its own
+        left_RxN = None if table.rest is None else e_RxN * table.rest[:, None]
+        total_N = jnp.sum(share_RxN, axis=0)
+        if left_RxN is not None and not whole:
+            total_N += jnp.sum(left_RxN, axis=0)
+        total_N, rest_N = shards.sum(total_N), None
         if kept is not None:
             e_RxN, share_RxN = jnp.where(kept, e_RxN, 0), jnp.where(kept, share_RxN, 0)
-            rest_N = jnp.maximum(1 - shards.sum(jnp.sum(share_RxN, axis=0)) / total_N, 0)
+            named_N = jnp.sum(share_RxN, axis=0)
+            if left_RxN is not None and whole:
+                named_N -= jnp.sum(jnp.where(kept, left_RxN, 0), axis=0)
+            rest_N = jnp.maximum(1 - shards.sum(named_N) / total_N, 0)
+        elif left_RxN is not None:
+            rest_N = shards.sum(jnp.sum(left_RxN, axis=0)) / total_N
         if whole:
             mass_VxN = project(e_RxN, table, student_rows)
         else:
