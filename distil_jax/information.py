@@ -25,8 +25,8 @@ from jaxtyping import Float, Int
 
 from distil_jax.errors import UserError
 from distil_jax.eval import bootstrap
+from distil_jax.losses import stored
 from distil_jax.losses.kd import ProjectionTable, project, teacher_logits
-from distil_jax.losses.vocabulary import floor_of_largest
 from distil_jax.tokens.align import CLASSES
 from distil_jax.tokens.bytes import ByteTable
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from distil_jax.projection import Projection
 
 Values = dict[str, np.ndarray]  # float64 [N], nats
+SORTED = 2048  # positions at which distributions are sorted
 _SMALLEST = 1e-30  # keeps one impossible token from making a whole measure infinite; it costs 69 nats
 
 
@@ -81,41 +82,36 @@ def values(
     """What is averaged, at each position.
 
     "kl": KL(q || pi), and the same through a map: "kl_projected", "kl_pieces", "kl_tail" (the teacher's `tail`
-    likeliest tokens), "kl_sorted" (the control that orders each distribution and forgets which token is which).
-    "teacher", "projected", "unigram": -log probability of the token that follows. What W leaves to tokens that it does
-    not name is spread over `unigram`, the student tokens' probabilities in training text. Logits exist for `block`
-    positions at a time.
+    likeliest tokens). "teacher", "projected", "unigram": -log probability of the token that follows. What W leaves to
+    tokens that it does not name is spread over `unigram`, the student tokens' probabilities in training text. Logits
+    exist for `block` positions at a time.
     """
-    N = len(positions.teacher_N)
-    if N == 0:
-        raise UserError("no shared boundary to measure the projection at: is the held-out split empty?")
     maps = {"projected": (W.table(), W.student_vocab), "pieces": piece_sequences(W, tables)}
-    mapped = maps["projected"][0].mapped
-
-    def blocks(*arrays):
-        for at in range(0, N, block):
-            short = max(0, at + block - N)
-            yield [np.concatenate([a[at : at + block], np.repeat(a[-1:], short, axis=0)]) for a in arrays]
-
-    pi = sorted_pi = 0.0
-    for at, (hidden,) in zip(range(0, N, block), blocks(positions.hidden_NxDt), strict=True):
-        real = np.arange(at, at + block) < N
-        sums = _sums_of_q(hidden, np.float32(real), unembedding_VtxDt, mapped)
-        pi, sorted_pi = (
-            total + np.asarray(more, np.float64) for total, more in zip((pi, sorted_pi), sums, strict=True)
-        )
-    pi, sorted_pi = (jnp.asarray(x / N, jnp.float32) for x in (pi, sorted_pi))
-    sizes = {name: size for name, (_, size) in maps.items()}
-    tables_of = {name: table for name, (table, _) in maps.items()}
+    tables_of, sizes = ({name: x[i] for name, x in maps.items()} for i in (0, 1))
+    pi = _mean(_sum_of_q, positions.hidden_NxDt, unembedding_VtxDt, tables_of["projected"].mapped, block)
     through = {name: _cells(pi[:, None], tables_of[name], sizes[name]) for name in maps}
+    unigram_N = unigram_Vs[positions.student_N]
+    arrays = positions.hidden_NxDt, positions.teacher_N, positions.student_N, unigram_N.astype(np.float32)
     parts = [
-        _values(tuple(sizes.items()), tail, *arrays, unembedding_VtxDt, tables_of, pi, sorted_pi, through)
-        for arrays in blocks(
-            positions.hidden_NxDt, positions.teacher_N, positions.student_N, unigram_Vs[positions.student_N]
-        )
+        _values(tuple(sizes.items()), tail, *of_block, unembedding_VtxDt, tables_of, pi, through)
+        for of_block in _blocks(block, *arrays)
     ]
-    found = {name: np.concatenate([np.asarray(p[name], np.float64) for p in parts])[:N] for name in parts[0]}
-    return found | {"unigram": -np.log(unigram_Vs[positions.student_N])}
+    found = {name: _joined(parts, name, len(unigram_N)) for name in parts[0]}
+    return found | {"unigram": -np.log(unigram_N)}
+
+
+def sorted_match(
+    positions: Positions, unembedding_VtxDt: Any, mapped_Vt: Any, *, block: int = 256, samples: int = bootstrap.SAMPLES
+) -> dict[str, Any]:
+    """IP_KL of the control that orders each distribution and forgets which token is which (ULD's view of it), at the
+    first `SORTED` positions, as sorting is slow."""
+    hidden, documents = positions.hidden_NxDt[:SORTED], positions.document_N[:SORTED]
+    pi, sorted_pi = (_mean(f, hidden, unembedding_VtxDt, mapped_Vt, block) for f in (_sum_of_q, _sum_of_sorted_q))
+    parts = [_sorted_values(h, unembedding_VtxDt, mapped_Vt, pi, sorted_pi) for (h,) in _blocks(block, hidden)]
+    index = np.unique(documents, return_inverse=True)[1]
+    sums = [np.bincount(index, _joined(parts, name, len(hidden))) for name in ("kl_sorted", "kl")]
+    value, interval = bootstrap.ratio(*sums, samples=samples)
+    return {"ip_kl": value, "ip_kl_interval": interval, "positions": len(hidden)}
 
 
 def summary(
@@ -124,17 +120,20 @@ def summary(
     """The measures with their intervals over documents, whole, by class of token and by specialty."""
     documents, index = np.unique(positions.document_N, return_inverse=True)
     only, everywhere = positions.one_to_one_N.astype(np.float64), np.ones(len(index))
+    resampled = bootstrap.Resampled(len(documents), seed=seed, samples=samples)
 
     def ratio(numerator, denominator, where=everywhere):
-        sums = [np.bincount(index, where * x, minlength=len(documents)) for x in (numerator, denominator)]
-        return bootstrap.ratio(*sums, samples=samples, seed=seed)
+        return resampled.ratio(
+            *(np.bincount(index, where * x, minlength=len(documents)) for x in (numerator, denominator))
+        )
 
     def preserved(where=everywhere):
-        found = {}
+        found: dict[str, Any] = {}
         for name, key in (("ip_kl", "kl_projected"), ("ip_kl_pieces", "kl_pieces")):
             found[name], found[f"{name}_interval"] = ratio(v[key], v["kl"], where)
         gain = {name: only * (v["unigram"] - v[name]) for name in ("projected", "teacher")}
-        found["ip_bpb"], found["ip_bpb_interval"] = ratio(gain["projected"], gain["teacher"], where)
+        if (only * where).any():  # a control token is no bytes
+            found["ip_bpb"], found["ip_bpb_interval"] = ratio(gain["projected"], gain["teacher"], where)
         return found | {"positions": int(where.sum())}
 
     bits = float((only * positions.bytes_N).sum()) * np.log(2)
@@ -143,7 +142,6 @@ def summary(
     lost = {name: 1 - ratio(v[f"kl_{name}"], v["kl"])[0] for name in ("projected", "pieces", "tail")}
     return preserved() | {
         "lost": lost,  # of the information: to W, to W with all pieces, to the tokens beyond the likeliest
-        "sorted_match": ratio(v["kl_sorted"], v["kl"])[0],
         "bits_per_byte": {name: float((only * v[name]).sum() / bits) for name in ("unigram", "projected", "teacher")},
         "nats_next_token": float(v["projected"].mean()),
         "positions": len(index),
@@ -193,6 +191,28 @@ def _cells(q_VxN, table: ProjectionTable, size: int):
     return p if table.rest is None else jnp.concatenate([p, (table.rest[: len(q_VxN)] @ q_VxN)[None]])
 
 
+def _blocks(block: int, *arrays: np.ndarray):
+    """`block` positions at a time, the last filled up with copies of the last position."""
+    for at in range(0, len(arrays[0]), block):
+        short = max(0, at + block - len(arrays[0]))
+        yield [np.concatenate([a[at : at + block], np.repeat(a[-1:], short, axis=0)]) for a in arrays]
+
+
+def _joined(parts: list[dict[str, Any]], name: str, count: int) -> np.ndarray:
+    return np.concatenate([np.asarray(part[name], np.float64) for part in parts])[:count]
+
+
+def _mean(sum_of: Any, hidden_NxDt: np.ndarray, unembedding: Any, mapped: Any, block: int) -> jax.Array:
+    """A mean over all positions, summed in float64."""
+    N, total = len(hidden_NxDt), 0.0
+    if N == 0:
+        raise UserError("no shared boundary to measure the projection at: is the held-out split empty?")
+    for n, (hidden,) in enumerate(_blocks(block, hidden_NxDt)):
+        real = n * block + np.arange(block) < N
+        total = total + np.asarray(sum_of(hidden, np.float32(real), unembedding, mapped), np.float64)
+    return jnp.asarray(total / N, jnp.float32)
+
+
 # The head and W are arguments: as a constant of the function a head of 262,144 rows takes minutes to compile, and every
 # W would compile anew.
 
@@ -202,10 +222,18 @@ def _q(hidden_NxDt, unembedding, mapped):
 
 
 @jax.jit
-def _sums_of_q(hidden_NxDt, real_N, unembedding, mapped):
-    """The teacher's distributions at some positions added up, as they are and each in descending order, [Vt]."""
-    q = _q(hidden_NxDt, unembedding, mapped)
-    return tuple(jnp.sum(x * real_N[None], axis=1) for x in (q, -jnp.sort(-q, axis=0)))
+def _sum_of_q(hidden_NxDt, real_N, unembedding, mapped):
+    """The teacher's distributions at some positions added up, [Vt]."""
+    return jnp.sum(_q(hidden_NxDt, unembedding, mapped) * real_N[None], axis=1)
+
+
+@jax.jit
+def _sum_of_sorted_q(hidden_NxDt, real_N, unembedding, mapped):
+    return jnp.sum(_descending(_q(hidden_NxDt, unembedding, mapped)) * real_N[None], axis=1)
+
+
+def _descending(q_VxN):
+    return -jnp.sort(-q_VxN, axis=0)
 
 
 def _xlogy(a, b):
@@ -217,7 +245,7 @@ def _kl(a_VxN, b_Vx1):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _values(sizes, tail, hidden_NxDt, teacher_N, student_N, unigram_N, unembedding, tables, pi, sorted_pi, through):
+def _values(sizes, tail, hidden_NxDt, teacher_N, student_N, unigram_N, unembedding, tables, pi, through):
     """`values` of some positions."""
     q = _q(hidden_NxDt, unembedding, tables["projected"].mapped)
 
@@ -232,10 +260,14 @@ def _values(sizes, tail, hidden_NxDt, teacher_N, student_N, unigram_N, unembeddi
         if name == "projected":
             left = cells[size] * unigram_N if len(cells) > size else 0.0
             found["projected"] = nats_of(take(cells, student_N) + left)
-    ordered, floor = floor_of_largest(q, jnp.ones((1, 1)), min(tail, len(q)))
-    kept = ordered >= floor[None]
-    rests = [jnp.maximum(1 - jnp.sum(jnp.where(kept, x, 0), axis=0), 0) for x in (q, pi[:, None])]
-    named = jnp.sum(jnp.where(kept, _xlogy(q, q) - _xlogy(q, jnp.maximum(pi[:, None], _SMALLEST)), 0), axis=0)
-    found["kl_tail"] = named + _xlogy(rests[0], rests[0]) - _xlogy(rests[0], jnp.maximum(rests[1], _SMALLEST))
-    found["kl_sorted"] = _kl(-jnp.sort(-q, axis=0), sorted_pi[:, None])
-    return found
+    top_NxK, ids_NxK = stored.largest(q, min(tail, len(q)))
+    pi_NxK = jnp.maximum(pi[ids_NxK], _SMALLEST)
+    rest, rest_pi = (jnp.maximum(1 - jnp.sum(x, axis=1), _SMALLEST) for x in (top_NxK, pi_NxK))
+    named = jnp.sum(_xlogy(top_NxK, top_NxK) - _xlogy(top_NxK, pi_NxK), axis=1)
+    return found | {"kl_tail": named + rest * jnp.log(rest / rest_pi)}
+
+
+@jax.jit
+def _sorted_values(hidden_NxDt, unembedding, mapped, pi, sorted_pi):
+    q = _q(hidden_NxDt, unembedding, mapped)
+    return {"kl": _kl(q, pi[:, None]), "kl_sorted": _kl(_descending(q), sorted_pi[:, None])}

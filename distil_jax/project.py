@@ -58,7 +58,8 @@ def main(config: ConfigDict) -> dict[str, Any]:
         )  # fmt: skip
         fitted.save(stage.folder)
 
-        # Measured on held-out text: as built, as fitted, and with the rows of W shuffled, which must be worse.
+        # Measured on held-out text: from bytes alone, with counts, fitted, and with the rows of W shuffled, which must be
+        # worse.
         held_out = gather(hidden_of, params, loader("test").sweep(rows=config.evaluation.rows), mesh)
         positions = information.Positions(
             held_out["hidden"], held_out["teacher"], held_out["student"], held_out["document"],
@@ -66,20 +67,29 @@ def main(config: ConfigDict) -> dict[str, Any]:
             token_classes(tables["student"])[held_out["student"]], held_out["specialty"],
         )  # fmt: skip
         resampled = {"samples": config.evaluation.bootstrap, "seed": config.seed}
+        first_piece = Projection.build(teacher=tables["teacher"], student=tables["student"], k=c.size)
+        forms = {"first_piece": first_piece, "built": built, "fitted": fitted, "shuffled": built.shuffled(config.seed)}
         values = {
             name: information.values(
                 W, positions, unembedding, unigram_Vs=unigram, tables=tables, tail=config.score.top_k
             )
-            for name, W in (("built", built), ("fitted", fitted), ("shuffled", built.shuffled(config.seed)))
+            for name, W in forms.items()
         }
         specialties = corpus["specialties"]
         measures = {
             name: information.summary(v, positions, specialties=specialties, **resampled) for name, v in values.items()
         }
-        fit["gain"] = information.gain(values["built"], values["fitted"], positions, **resampled)
+        samples = config.evaluation.bootstrap
+        sorted_match = information.sorted_match(positions, unembedding, built.table().mapped, samples=samples)
+        gain = {
+            f"{after}_over_{before}": information.gain(values[before], values[after], positions, **resampled)
+            for before, after in (("first_piece", "built"), ("first_piece", "fitted"), ("built", "fitted"))
+        }
     return stage.finish(
         **measures,
+        sorted_match=sorted_match,
         fit=fit,
+        gain=gain,
         rows=int(built.mapped.sum()),
         mean_support=float((built.ids >= 0).sum() / max(int(built.mapped.sum()), 1)),
     )

@@ -152,9 +152,9 @@ class Projection:
         """Raises the projected teacher's likelihood of the student token that really follows.
 
         Minimises `-log sum_v q(v) W[v, u*] + keep * sum_v q(v) KL(W[v] || W_built[v])`, averaged over positions, with
-        Adam. The teacher is given by its K likeliest tokens at each position; what it says of the others does not
-        count as predicting u*, so the likelihood is a lower bound. What a row leaves is spread over `unigram`, the
-        student tokens' probabilities in training text (uniform without it).
+        Adam. The teacher is given by its K likeliest tokens at each position. The mass of the others, as what a row
+        leaves, is spread over `unigram`, the student tokens' probabilities in training text (uniform without it);
+        without that a row would learn to leave much, in place of the tokens beyond the K.
 
         top_ids, top_probs: the teacher's K likeliest tokens at N positions where both tokenizations have a boundary;
         targets: the student's next token there. Returns the fitted projection and
@@ -175,7 +175,8 @@ class Projection:
         def nats(logits, top_ids, top_probs, targets, unigram):
             rows = row_softmax(logits[top_ids], ids[top_ids])
             hit = jnp.where(ids[top_ids] == REST, unigram[:, None, None], ids[top_ids] == targets[:, None, None])
-            mass = jnp.sum(top_probs[..., None] * rows * hit, axis=(1, 2))
+            others = (1 - jnp.sum(top_probs, axis=1)) * unigram
+            mass = jnp.sum(top_probs[..., None] * rows * hit, axis=(1, 2)) + others
             return -jnp.mean(jnp.log(jnp.maximum(mass, 1e-6)))
 
         def loss(logits, top_ids, top_probs, targets, unigram):
