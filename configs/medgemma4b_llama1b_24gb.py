@@ -70,6 +70,9 @@ def get_config() -> ConfigDict:
     c.objective.divergence = "forward"  # KL(teacher || student); also reverse, skewed_forward, skewed_reverse, jsd
     c.objective.skew = 0.1  # share of the teacher in the mixture of the last three (0.5 is usual for jsd)
     c.objective.top_k = 0  # of the teacher's tokens that are projected, the others as one remainder; 0: all of them
+    # Targets that the teacher speaks about: "roots", parts of one of its tokens from the first byte on; "boundaries",
+    # all that begin where one of its tokens does; "all", also those inside its tokens and across them.
+    c.objective.positions = "all"
     c.objective.learn_projection = False  # W learns through the loss too (docs/projection.md says why it should not)
     c.objective.projection_learning_rate = 0.01  # of W's logits, at the peak
     c.objective.projection_keep = 0.1  # lambda of |W - W0|^2

@@ -15,14 +15,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from distil_jax import lora
-from distil_jax.losses import attention, head, stored
+from distil_jax.losses import attention, conditional, head, stored
 from distil_jax.losses.kd import PlacedTable, ProjectionRows, ProjectionTable, row_softmax, with_weights
 from distil_jax.losses.schedules import Schedule
 from distil_jax.models.int8 import cast
-from distil_jax.tokens.align import ROOT
+from distil_jax.tokens.align import NONE, ROOT
+
+# Which targets the teacher speaks about: those that are a part of one of its tokens, from its first byte on; all that
+# begin where one of its tokens does; all of them (losses/conditional.py).
+POSITIONS = ("roots", "boundaries", "all")
 
 Batch = dict[str, jax.Array]  # the fields of tokens/pack.py, [B, Ls] and [B, Lt]
 
@@ -34,6 +38,7 @@ class Frozen(NamedTuple):
     teacher: Any = None  # parameters of the teacher
     projection: ProjectionTable | PlacedTable | ProjectionRows | None = None  # rows where the scores are stored
     rows: ProjectionRows | None = None  # of W as it was before the run, where W learns
+    conditional: conditional.Tables | None = None  # where targets inside tokens are taught
     teacher_rows: Any = None  # kd.rows_of the teacher's head, where the vocabulary is spread; None: the head itself
     own: Any = None  # the frozen part of the learning model's parameters (freezing.py); None: all of it learns
 
@@ -60,6 +65,7 @@ class Objective:
     divergence: str = "forward"  # of losses/divergence.py
     skew: float = 0.1
     top_k: int = 0  # of the teacher's tokens, with a remainder; 0: all of them
+    positions: str = "roots"  # of POSITIONS
     alignment: Alignment | None = None
     label_smoothing: float = 0.0
     keep: float = 0.0  # lambda of |W - W0|^2, where W learns
@@ -119,7 +125,7 @@ class Loss:
             return value, _metrics(batch, o.side, out, None, frozen)
 
         alpha, temperature = o.alpha(step), o.temperature(step)
-        taught = ((batch["role"] == ROOT) & (batch["student_weights"] > 0)).astype(jnp.float32)
+        taught = (self._spoken_about(batch) & (batch["student_weights"] > 0)).astype(jnp.float32)
         alpha_BxL = 1 - (1 - alpha) * taught
         projection, drift = frozen.projection, None
         if "projection" in params:
@@ -129,7 +135,9 @@ class Loss:
         if o.scores:
             teacher = self._stored(projection, batch, temperature)
         else:
-            teacher, teacher_seen = self._online(frozen, projection, batch, [pair.teacher for pair in pairs])
+            teacher, teacher_seen = self._online(
+                frozen, projection, batch, temperature, [pair.teacher for pair in pairs]
+            )
         value, out = head.distill(
             hidden, unembedding, labels, weights * alpha_BxL,
             teacher=teacher, kl_weights_BxL=weights * (1 - alpha_BxL), temperature=temperature,
@@ -159,14 +167,33 @@ class Loss:
             metrics["hidden_states"] = (apart.hidden, groups)
         return beta * apart.attention + a.hidden_weight * apart.hidden, metrics
 
+    def _spoken_about(self, batch: Batch) -> Bool[Array, "B L"]:
+        """The targets that the teacher says something about."""
+        return {
+            "roots": batch["role"] == ROOT,
+            "boundaries": (batch["role"] != NONE) & (batch["offset"] == 0),
+            "all": batch["role"] != NONE,
+        }[self.objective.positions]
+
     def _online(
-        self, frozen: Frozen, projection: Any, batch: Batch, observe: Sequence[int]
+        self, frozen: Frozen, projection: Any, batch: Batch, temperature: Float[Array, ""], observe: Sequence[int]
     ) -> tuple[head.Teacher, Any]:
         """The teacher in memory: its states at the student's positions, and what its layers `observe` show."""
         hidden, unembedding, seen = self._hidden(self.objective.teacher, frozen.teacher, batch, "teacher", observe)
-        at = batch["teacher_position"][..., None]
         rows = unembedding if frozen.teacher_rows is None else cast(frozen.teacher_rows, hidden.dtype)
-        return head.Teacher(jnp.take_along_axis(hidden, at, axis=1), rows, projection), seen
+        reading = None
+        if self.objective.positions == "all":
+            reading = conditional.read(
+                batch, frozen.conditional.prefixes, hidden, temperature, self._likelihood(unembedding)
+            )
+        here = jnp.take_along_axis(hidden, batch["teacher_position"][..., None], axis=1)
+        return head.Teacher(here, rows, projection, reading, frozen.conditional if reading else None), seen
+
+    def _likelihood(self, unembedding: Any) -> conditional.Likelihood:
+        """What the teacher's tokens have cost it."""
+        o = self.objective
+        options = {"text_vocab": o.teacher.config.text_vocab_size, "block": o.block, "mesh": o.mesh}
+        return lambda hidden, tokens, mask: head.score(hidden, unembedding, tokens, mask, **options)[0]
 
     def _stored(self, projection: Any, batch: Batch, temperature: Float[Array, ""]) -> head.TopKTeacher:
         """What was stored of the teacher (data/scores.py), at the student's positions."""

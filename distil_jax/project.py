@@ -58,8 +58,7 @@ def main(config: ConfigDict) -> dict[str, Any]:
         )  # fmt: skip
         fitted.save(stage.folder)
 
-        # Measured on held-out text: from bytes alone, with counts, fitted, and with the rows of W shuffled, which must be
-        # worse.
+        # Measured on held-out text: from bytes alone, with counts, fitted, and shuffled, which must be worse.
         held_out = gather(hidden_of, params, loader("test").sweep(rows=config.evaluation.rows), mesh)
         positions = information.Positions(
             held_out["hidden"], held_out["teacher"], held_out["student"], held_out["document"],

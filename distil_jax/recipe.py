@@ -11,16 +11,17 @@ from ml_collections import ConfigDict
 
 from distil_jax import learners, sharding, variants
 from distil_jax.data import scores
-from distil_jax.errors import UserError
-from distil_jax.losses import attention
+from distil_jax.errors import UserError, nearest
+from distil_jax.losses import attention, conditional
 from distil_jax.losses.divergence import checked
 from distil_jax.losses.kd import PlacedTable, place, rows_of
 from distil_jax.losses.schedules import schedule
 from distil_jax.losses.vocabulary import Shards
 from distil_jax.losses.weights import dro_update, parse_weights, specialty_weights
-from distil_jax.objective import Alignment, Frozen, Objective
+from distil_jax.objective import POSITIONS, Alignment, Frozen, Objective
 from distil_jax.projection import Projection
 from distil_jax.step import Reweigh
+from distil_jax.tokens.prefixes import PrefixTables
 from distil_jax.workdir import Workdir
 
 
@@ -75,12 +76,20 @@ def make(
         table = jax.device_put(table, lies)
         rows = jax.jit(rows_of, out_shardings=lies.weights)(teacher.unembedding(teacher_params), table)
     objective = Objective(model, teacher=teacher, alignment=alignment_of(o, model, teacher, t.steps), **common)
-    return objective, Frozen(weights, teacher_params, table, learned, rows)
+    inside = None
+    if objective.positions == "all":
+        prefixes = jax.tree.map(jnp.asarray, PrefixTables.build(tables["teacher"], tables["student"]))
+        inside = jax.device_put(conditional.Tables(prefixes, projection.rows()), sharding.replicated(mesh))
+    return objective, Frozen(weights, teacher_params, table, learned, inside, rows)
 
 
 def teaching(o: ConfigDict, steps: int) -> dict[str, Any]:
     """What the objective of a taught run says of its teacher's words."""
+    if o.positions not in POSITIONS:
+        known = ", ".join(POSITIONS)
+        raise UserError(f"objective.positions is {o.positions!r}: use one of {known}{nearest(o.positions, POSITIONS)}")
     return {
+        "positions": o.positions,
         "alpha": schedule(o.alpha.kind, o.alpha.start, o.alpha.end, steps),
         "temperature": schedule(o.temperature.kind, o.temperature.start, o.temperature.end, steps),
         "divergence": checked(o.divergence),

@@ -23,8 +23,9 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from distil_jax.losses import conditional
 from distil_jax.losses.divergence import divergence
-from distil_jax.losses.kd import PlacedTable, ProjectionRows, ProjectionTable, full_target, named_target
+from distil_jax.losses.kd import PlacedTable, ProjectionRows, ProjectionTable, Target, full_target, named_target, scored
 from distil_jax.losses.vocabulary import Shards, text_rows
 from distil_jax.models.int8 import Int8, dequantize
 from distil_jax.models.layers import unembed
@@ -39,6 +40,8 @@ class Teacher(NamedTuple):
     hidden_BxLxDt: Float[Array, "B L Dt"]
     rows_RxDt: Float[Array, "R Dt"]  # kd.rows_of its unembedding; the unembedding itself on one device
     projection: ProjectionTable | PlacedTable
+    reading: conditional.Reading | None = None  # [B, L]: targets where the tokenizations have no common boundary
+    tables: conditional.Tables | None = None  # with which these are made
 
 
 class TopKTeacher(NamedTuple):
@@ -223,7 +226,7 @@ def _on_mesh(spec, wanted, hidden, unembedding, labels, ce_weights, kl_weights, 
         projection = PlacedTable.specs(spec.shards, rest=teacher.projection.rest is not None)
     teacher_specs = {
         type(None): None,
-        Teacher: Teacher(tokens, cut, projection),
+        Teacher: Teacher(tokens, cut, projection, tokens, whole),
         TopKTeacher: TopKTeacher(tokens, tokens, tokens, whole),
     }[type(teacher)]
     if isinstance(unembedding, Int8):  # scored, never learned: dealt out in the dtype of what it meets
@@ -269,7 +272,10 @@ def _stream(
     # Tokens with a teacher target first, then those with a label only, then the rest: whole blocks of nothing are
     # skipped.
     flat_kl, flat_ce = kl_weights.reshape(tokens), ce_weights.reshape(tokens)
-    order = jnp.argsort(jnp.where(flat_kl != 0, 0, jnp.where(flat_ce != 0, 1, 2)), stable=True)
+    taught = jnp.zeros(tokens, jnp.int32)
+    if isinstance(teacher, Teacher) and teacher.reading is not None:
+        taught = teacher.reading.conditional.reshape(tokens).astype(jnp.int32)  # in blocks of their own: they cost more
+    order = jnp.argsort(jnp.where(flat_kl != 0, taught, jnp.where(flat_ce != 0, 2, 3)), stable=True)
 
     def blocks(array):
         flat = array.reshape((tokens, *array.shape[2:]))[order]
@@ -340,7 +346,7 @@ def _per_token(teacher: Teacher | TopKTeacher | None) -> Any:
     """The part of a teacher that has a value for each token."""
     if isinstance(teacher, TopKTeacher):
         return teacher[:3]
-    return None if teacher is None else teacher.hidden_BxLxDt
+    return None if teacher is None else (teacher.hidden_BxLxDt, teacher.reading)
 
 
 def _block(spec, wanted, unembedding_VxD, teacher, temperature, one, sums):
@@ -368,6 +374,7 @@ def _block(spec, wanted, unembedding_VxD, teacher, temperature, one, sums):
             functools.partial(_taught, spec, wanted, teacher, w_kl),
             lambda *args: (zero_N, zero_N, jnp.zeros_like(z_VxN), weights),
             one["teacher"],
+            labels_N,
             z_VxN,
             temperature,
         )
@@ -417,25 +424,59 @@ def _add_outer(
     return add(total, whole * rows, V - whole * rows) if V % rows else total
 
 
-def _taught(spec, wanted, teacher, w_kl, per_token, z_VxN, temperature):
+def _taught(spec, wanted, teacher, w_kl, per_token, labels_N, z_VxN, temperature):
     """The divergence at the temperature of the step, KL(p || s) at temperature 1, the gradient of the first, and what
     the block adds to the gradient of W."""
     rows, shards = z_VxN.shape[0], spec.shards
-    if isinstance(teacher, TopKTeacher):
-        ids, log_probs, log_probs1 = per_token
-        at = lambda log_probs: named_target(ids, log_probs, teacher.projection, rows, shards)  # noqa: E731
-        now, one = functools.partial(at, log_probs), functools.partial(at, log_probs1)
-    else:
-        full = full_target(per_token, teacher.rows_RxDt, teacher.projection, rows, top_k=spec.top_k, shards=shards)
-        now, one = functools.partial(full, temperature), functools.partial(full, jnp.float32(1))
 
     def against(target, tau, kind):
         options = {"kind": kind, "skew": spec.skew, "text_vocab": spec.text_vocab, "shards": shards}
         return divergence(target.p_VxN, z_VxN, tau, rest_N=target.rest_N, **options)
 
-    target = now()
-    value, gradient, d_p = against(target, temperature, spec.divergence)
-    d_weights = target.pull(d_p * (w_kl * temperature**2)[None]) if wanted.weights else None
-    at_1 = lambda: against(one(), jnp.float32(1), "forward")[0]  # noqa: E731
-    value1 = at_1() if spec.divergence != "forward" else jax.lax.cond(temperature == 1, lambda: value, at_1)
-    return value, value1, gradient, d_weights
+    def compare(now, one):
+        target = now()
+        value, gradient, d_p = against(target, temperature, spec.divergence)
+        d_weights = target.pull(d_p * (w_kl * temperature**2)[None]) if wanted.weights else None
+        at_1 = lambda: against(one(), jnp.float32(1), "forward")[0]  # noqa: E731
+        value1 = at_1() if spec.divergence != "forward" else jax.lax.cond(temperature == 1, lambda: value, at_1)
+        return value, value1, gradient, d_weights
+
+    if isinstance(teacher, TopKTeacher):
+        ids, log_probs, log_probs1 = per_token
+        at = lambda log_probs: named_target(ids, log_probs, teacher.projection, rows, shards)  # noqa: E731
+        return compare(functools.partial(at, log_probs), functools.partial(at, log_probs1))
+
+    hidden_NxDt, reading = per_token
+    t_RxN = scored(hidden_NxDt, teacher.rows_RxDt, teacher.projection)
+    full = full_target(t_RxN, teacher.projection, rows, top_k=spec.top_k, shards=shards)
+    if reading is None:
+        return compare(functools.partial(full, temperature), functools.partial(full, jnp.float32(1)))
+
+    def at_boundaries(tau):
+        target = full(tau)
+        return target if target.rest_N is not None else target._replace(rest_N=jnp.zeros_like(w_kl))
+
+    def some_inside():
+        last_RxN = scored(reading.last_hidden, teacher.rows_RxDt, teacher.projection)
+        scores = conditional.rows_of(teacher.projection, t_RxN.shape[0], shards)
+        ids, masses = conditional.cells(
+            t_RxN, last_RxN, scores, reading, labels_N, teacher.tables, (temperature, jnp.float32(1))
+        )
+
+        def mixed(tau, mass):
+            outside, inside = at_boundaries(tau), conditional.target(ids, mass, rows, shards)
+            here = reading.conditional
+            return Target(
+                jnp.where(here[None], inside.p_VxN, outside.p_VxN),
+                jnp.where(here, inside.rest_N, outside.rest_N),
+                lambda d_p: outside.pull(jnp.where(here[None], 0, d_p)),
+            )
+
+        return compare(
+            functools.partial(mixed, temperature, masses[0]), functools.partial(mixed, jnp.float32(1), masses[1])
+        )
+
+    def none_inside():
+        return compare(functools.partial(at_boundaries, temperature), functools.partial(at_boundaries, jnp.float32(1)))
+
+    return jax.lax.cond(jnp.any(reading.conditional & (w_kl != 0)), some_inside, none_inside)

@@ -199,20 +199,35 @@ class Target(NamedTuple):
 
     p_VxN: Float[Array, "Vs N"]  # its mass on this device's student tokens
     rest_N: Float[Array, " N"] | None  # what is left besides; None: nothing is
-    pull: Callable[[Array], Array]  # from a gradient with respect to p to one with respect to the weights of W
+    pull: Callable[[Array], Array] | None  # from a gradient with respect to p to one with respect to the weights of W
+
+
+def scored(
+    hidden_NxDt: Float[Array, "N Dt"],
+    head_RxDt: "Float[Array, 'R Dt'] | Int8",
+    table: ProjectionTable | PlacedTable,
+) -> Float[Array, "R N"]:
+    """The teacher's logits in the rows that `rows_of` gave this device; LOWEST where a row is no token that W maps."""
+    if isinstance(table, ProjectionTable):
+        return teacher_logits(hidden_NxDt, head_RxDt, table.mapped)
+    return jnp.where((table.weights > 0)[:, None], unembed(head_RxDt, hidden_NxDt), LOWEST)
+
+
+def counted(table: ProjectionTable | PlacedTable, rows: int) -> Bool[Array, " R"]:
+    """One of these rows for each token that W maps."""
+    return _fit(table.mapped, rows) if isinstance(table, ProjectionTable) else table.first
 
 
 def full_target(
-    hidden_NxDt: Float[Array, "N Dt"],
-    head_RxDt: "Float[Array, 'R Dt'] | Int8",
+    t_RxN: Float[Array, "R N"],
     table: ProjectionTable | PlacedTable,
     student_rows: int,
     *,
     top_k: int = 0,
     shards: Shards = Shards(),  # noqa: B008
 ):
-    """`at(temperature) -> Target` for the whole distribution of the teacher: softmax first, then W, with which a
-    temperature does not commute.
+    """`at(temperature) -> Target` for the whole distribution of the teacher, from its `scored` logits: softmax first,
+    then W, with which a temperature does not commute.
 
     top_k: only the teacher's K likeliest tokens (and what equals the K-th) are projected; the mass of the others is the
     remainder, with what the rows of W leave.
@@ -221,15 +236,10 @@ def full_target(
     depend on W, and a gradient counts against that of the remainder (divergence.divergence).
     """
     whole = isinstance(table, ProjectionTable)
-    if whole:
-        t_RxN = teacher_logits(hidden_NxDt, head_RxDt, table.mapped)
-        counted_R = _fit(table.mapped, t_RxN.shape[0])
-    else:
-        t_RxN = jnp.where((table.weights > 0)[:, None], unembed(head_RxDt, hidden_NxDt), LOWEST)
-        counted_R = table.first
     kept = None
     if top_k:
-        ordered, floor_N = floor_of_largest(t_RxN, counted_R.astype(jnp.float32)[:, None], top_k, shards.sum)
+        ones_Rx1 = counted(table, t_RxN.shape[0]).astype(jnp.float32)[:, None]
+        ordered, floor_N = floor_of_largest(t_RxN, ones_Rx1, top_k, shards.sum)
         kept = ordered >= floor_N[None]
     largest_N = shards.max(jnp.max(t_RxN, axis=0))
 

@@ -222,11 +222,20 @@ def first_pieces(teacher: ByteTable, student: ByteTable) -> FirstPieces:
             split.append(i)
         else:
             ids[i], identical[i] = same, True
-    # Bytes that are not UTF-8 decode to lone surrogates, which the encoder reports like any text it cannot give back.
-    texts = [teacher.token_bytes(i).decode(errors="surrogateescape") for i in split]
-    for i, pieces in zip(split, student.try_encode_batch(texts), strict=True):
-        ids[i] = _longest_prefix(teacher.token_bytes(i), student) if isinstance(pieces, RoundTripError) else pieces[0]
+    ids[split] = first_piece_of([teacher.token_bytes(i) for i in split], student)
     return FirstPieces(ids, identical)
+
+
+def first_piece_of(pieces: Sequence[bytes], student: ByteTable) -> Ids:
+    """The first student token of each string of bytes: of the student's own encoding, or the longest that is a prefix
+    where the bytes are not text alone. UserError if the student has no token for a byte."""
+    # Bytes that are not UTF-8 decode to lone surrogates, which the encoder reports like any text it cannot give back.
+    encoded = student.try_encode_batch([piece.decode(errors="surrogateescape") for piece in pieces])
+    first = [
+        _longest_prefix(piece, student) if isinstance(ids, RoundTripError) else ids[0]
+        for piece, ids in zip(pieces, encoded, strict=True)
+    ]
+    return np.array(first, np.int32)
 
 
 def _longest_prefix(piece: bytes, student: ByteTable) -> int:
