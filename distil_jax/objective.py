@@ -38,7 +38,7 @@ class Frozen(NamedTuple):
     teacher: Any = None  # parameters of the teacher
     projection: ProjectionTable | PlacedTable | ProjectionRows | None = None  # rows where the scores are stored
     rows: ProjectionRows | None = None  # of W as it was before the run, where W learns
-    conditional: conditional.Tables | None = None  # where targets inside tokens are taught
+    inside: conditional.Tables | None = None  # where targets inside tokens are taught
     teacher_rows: Any = None  # kd.rows_of the teacher's head, where the vocabulary is spread; None: the head itself
     own: Any = None  # the frozen part of the learning model's parameters (freezing.py); None: all of it learns
 
@@ -184,10 +184,10 @@ class Loss:
         reading = None
         if self.objective.positions == "all":
             reading = conditional.read(
-                batch, frozen.conditional.prefixes, hidden, temperature, self._likelihood(unembedding)
+                batch, frozen.inside.prefixes, hidden, temperature, self._likelihood(unembedding)
             )
         here = jnp.take_along_axis(hidden, batch["teacher_position"][..., None], axis=1)
-        return head.Teacher(here, rows, projection, reading, frozen.conditional if reading else None), seen
+        return head.Teacher(here, rows, projection, reading, frozen.inside if reading else None), seen
 
     def _likelihood(self, unembedding: Any) -> conditional.Likelihood:
         """What the teacher's tokens have cost it."""

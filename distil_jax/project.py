@@ -69,9 +69,7 @@ def main(config: ConfigDict) -> dict[str, Any]:
         first_piece = Projection.build(teacher=tables["teacher"], student=tables["student"], k=c.size)
         forms = {"first_piece": first_piece, "built": built, "fitted": fitted, "shuffled": built.shuffled(config.seed)}
         values = {
-            name: information.values(
-                W, positions, unembedding, unigram_Vs=unigram, tables=tables, tail=config.score.top_k
-            )
+            name: information.values(W, positions, unembedding, unigram_Vs=unigram, tables=tables)
             for name, W in forms.items()
         }
         specialties = corpus["specialties"]

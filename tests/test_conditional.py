@@ -188,14 +188,9 @@ def test_numbers_are_taught(case):
 @pytest.mark.parametrize("kind", ["forward", "jsd"])
 def test_a_mesh_gives_the_numbers_of_one_device(case, kind):
     one = run(case, 2.0, kind=kind)
-    for shape in ((2, 2, 2), (1, 2, 1), (4, 1, 1)):
-        with (
-            jax.set_mesh(mesh := make_mesh(*shape))
-            if np.prod(shape) == 8
-            else jax.set_mesh(mesh := make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))]))
-        ):
-            many = run(case, 2.0, mesh=mesh, kind=kind, block=8)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-6, atol=2e-6), one, many)
+    with jax.set_mesh(mesh := make_mesh(2, 2, 2)):
+        many = run(case, 2.0, mesh=mesh, kind=kind, block=8)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-6, atol=2e-6), one, many)
 
 
 def test_prefix_tables_say_what_the_bytes_say(case):

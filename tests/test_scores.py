@@ -55,6 +55,7 @@ SMALL = {
     "objective.temperature.kind": "exponential",
     "objective.temperature.start": 2.5,
     "teacher.scores": "stored",
+    "objective.positions": "boundaries",
     "score.top_k": K,
     "score.temperatures": ",".join(map(str, TEMPERATURES)),
     "projection.fit_rows": 16,
@@ -679,6 +680,7 @@ def test_a_whole_run_scores_once_and_uses_it(scored, tmp_path):
         ({"objective.beta.start": 0.2}, "teacher.scores=online"),
         ({"objective.hidden_states": 0.1}, "not stored"),
         ({"objective.top_k": 17}, "only score.top_k=16"),
+        ({"objective.positions": "all"}, "'boundaries' or 'roots'"),
     ],
 )
 def test_settings_that_training_would_stumble_over_stop_the_first_stage(tmp_path, overrides, said):

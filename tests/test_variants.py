@@ -120,6 +120,7 @@ RUNS = "control,smoothing,distilled,kd,temperature,specialty,attention"
         ({"objective.top_k": 64}, TAUGHT | LATER),
         ({"objective.skew": 0.2}, TAUGHT | LATER),
         ({"objective.learn_projection": True}, TAUGHT | LATER),
+        ({"objective.positions": "roots"}, TAUGHT | LATER),
         ({"objective.attention.pairs": 1}, TAUGHT | LATER),
         ({"objective.beta.start": 0.1}, TAUGHT - {"attention"} | LATER),
         ({"objective.projection_keep": 0.2}, TAUGHT | LATER),

@@ -191,6 +191,11 @@ def check(config: ConfigDict) -> None:
             "objective.beta and objective.hidden_states need maps and states of the teacher, which are not stored: set "
             "both to 0, or teacher.scores=online"
         )
+    if o.positions == "all":
+        raise UserError(
+            "objective.positions='all' asks the teacher what follows inside its tokens, which is not stored: set it to "
+            "'boundaries' or 'roots', or teacher.scores=online"
+        )
     if o.top_k > s.top_k:
         raise UserError(f"objective.top_k={o.top_k}, but only score.top_k={s.top_k} tokens are stored")
     reached = {o.temperature.start} | ({o.temperature.end} if o.temperature.kind != "constant" else set())
