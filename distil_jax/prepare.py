@@ -101,7 +101,8 @@ def check_chat(config: ConfigDict, rows: Sequence[Row]) -> None:
     messages = [m for row in rows if row.split == "train" for m in row.messages]
     total = sum(len(m["content"].encode()) for m in messages)
     learned = sum(len(m["content"].encode()) for m in messages if m["role"] == "assistant")
-    if messages and learned in (0, total) and not config.data.chat_any_share:
+    allowed = config.data.chat_any_share
+    if messages and learned in (0, total) and not allowed:
         says = ", ".join(f"{n} {role}" for role, n in Counter(m["role"] for m in messages).items())
         raise UserError(
             f"{learned / total:.0%} of the training conversations would be learned ({learned:,} of {total:,} bytes, in "
