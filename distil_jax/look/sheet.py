@@ -108,4 +108,5 @@ def _more(side: str, index: int, sample: Sample, expected: Expected, tables: dic
 def _listed(title: str, top: Top, index: int, table: ByteTable) -> list[str]:
     if index not in top:
         return []
-    return [f"{title}:", *(f"  {probability:.3f}  {label(table, token)}" for token, probability in top[index])]
+    listed = [f"  {probability:.3f}  {label(table, token)}  id {token}" for token, probability in top[index]]
+    return [f"{title}:", *listed]
