@@ -325,6 +325,11 @@ def test_what_cannot_be_shown_is_one_line(brought, tmp_path, capsys, arguments, 
     assert said.startswith("error: ") and said.count("\n") == 1 and named in said
 
 
+def test_a_text_without_any_tokenizer_says_what_makes_them(tmp_path, capsys):
+    assert look(config_of(tmp_path / "empty"), "--text", "a") == 2
+    assert "run `distil-jax prepare`" in capsys.readouterr().err
+
+
 def test_conversation_groups_of_differing_templates(brought):
     """Templates of other lengths stand side by side, contents over each other."""
     tables = learners.tables_of(Workdir(brought))

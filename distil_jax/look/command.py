@@ -53,8 +53,8 @@ def main(argv: Sequence[str]) -> int:
     if args.predict and args.no_models:
         raise UserError("--predict asks the models, which --no-models leaves alone; give one of the two")
     work = Workdir(load_config(of_config)[0])
-    if args.text is None:
-        work.require("corpus")  # before the tokenizers, which lie beside it: one thing is missing, not two
+    if args.text is None or not (work.config.teacher.path and work.config.student.path):
+        work.require("corpus")  # which has what is looked at, or the tokenizers that were made for it
     tables = learners.tables_of(work)
     if args.text is None:
         found = samples.of_corpus(work, args.split, args.rows, tables, args.characters)
