@@ -32,6 +32,8 @@ def get_config() -> ConfigDict:
     c.data.student_length = 256  # tokens in a packed row
     c.data.teacher_length = 256
     c.data.rows_per_shard = 2048
+    c.data.chat = "off"  # "on": a prompt is the user's message and its completion the assistant's (docs/chat.md)
+    c.data.chat_any_share = False  # True: take conversations of which nothing, or everything, would be learned
 
     c.teacher = ConfigDict()
     c.teacher.path = "google/gemma-3-270m"  # a hub id or a Hugging Face directory

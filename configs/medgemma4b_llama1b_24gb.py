@@ -29,6 +29,8 @@ def get_config() -> ConfigDict:
     c.data.student_length = 1024  # tokens in a packed row
     c.data.teacher_length = 1024
     c.data.rows_per_shard = 2048
+    c.data.chat = "off"  # "on": a prompt is the user's message and its completion the assistant's (docs/chat.md)
+    c.data.chat_any_share = False  # True: take conversations of which nothing, or everything, would be learned
 
     c.teacher = ConfigDict()
     c.teacher.path = "google/medgemma-4b-it"  # a hub id or a Hugging Face directory

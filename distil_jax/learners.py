@@ -13,6 +13,7 @@ from distil_jax.errors import UserError
 from distil_jax.models import hub
 from distil_jax.models.decoder import REMAT
 from distil_jax.models.int8 import quantize
+from distil_jax.tokens import chat
 from distil_jax.tokens.bytes import ByteTable
 from distil_jax.workdir import Workdir
 
@@ -39,10 +40,15 @@ def tables_of(work: Workdir) -> dict[str, ByteTable]:
 
 
 def hf_tokenizer(work: Workdir, side: str) -> Any:
-    """The side's tokenizer as transformers loads it, to be saved beside a model."""
+    """The side's tokenizer as transformers loads it, to be saved beside a model that was trained here. If the corpus
+    has conversations, its chat template is the one that they were written with."""
     from transformers import AutoTokenizer  # slow to import, and only the end of a stage needs it
 
-    return AutoTokenizer.from_pretrained(tokenizer_directory(work, side))
+    directory = tokenizer_directory(work, side)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    if any(split["rows"] for split in work.require("corpus")["chat"].values()):
+        tokenizer.chat_template = chat.jinja(chat.family_of(ByteTable.from_tokenizer(directory), side))
+    return tokenizer
 
 
 def untrained(work: Workdir, side: str, mesh: Mesh, dtype: str = "float32") -> tuple[Any, Any]:

@@ -30,6 +30,7 @@ from distil_jax.workdir import Workdir, files_of
 
 TRAIN_TOKENIZER = {"teacher": train_gemma_style, "student": train_llama_style}
 HELD_OUT = ("validation", "test")
+CHAT = ("off", "on")  # config.data.chat
 
 
 def main(config: ConfigDict) -> dict[str, Any]:
@@ -42,6 +43,7 @@ def main(config: ConfigDict) -> dict[str, Any]:
     # Rows, by split.
     with Quarantine(stage.folder / "quarantine.jsonl") as quarantine:
         rows, provenance = read_rows(config, quarantine)
+        check_chat(config, rows)
         by_split = {split: [row for row in rows if row.split == split] for split in ("train", *HELD_OUT)}
         for split, members in by_split.items():
             if not members:
@@ -69,6 +71,7 @@ def main(config: ConfigDict) -> dict[str, Any]:
         specialties=specialties,
         shards=shards,
         rows={split: len(members) for split, members in examples.items()},
+        chat={split: chat_share(examples[split], by_split[split]) for split in by_split},
         supervised_tokens=supervised_by_specialty(examples["train"], len(specialties)),
         alignment={split: coverage(examples[split], tables["student"]) for split in ("train", "test")},
         quarantined=dict(quarantine.counts),
@@ -77,14 +80,35 @@ def main(config: ConfigDict) -> dict[str, Any]:
 
 
 def read_rows(config: ConfigDict, quarantine: Quarantine) -> tuple[list[Row], dict[str, Any]]:
-    """(rows of all splits, what the manifest says about where they come from)."""
+    """(rows of all splits, what the manifest says about where they come from). With config.data.chat "on" pairs of
+    prompt and completion are conversations."""
+    if config.data.chat not in CHAT:
+        raise UserError(f"config.data.chat is {config.data.chat!r}; use one of {', '.join(map(repr, CHAT))}")
     files = files_of(config)
     if files:
         rows = list(sources.read_files(files, quarantine))
         licences = Counter(f"{row.source}: {row.licence or 'not stated'}" for row in rows)
-        return rows, {"files": files, "licences": dict(licences)}
-    corpus = hpo.load_corpus(quarantine)
-    return corpus.rows, corpus.manifest
+        provenance = {"files": files, "licences": dict(licences)}
+    else:
+        corpus = hpo.load_corpus(quarantine)
+        rows, provenance = corpus.rows, corpus.manifest
+    return [sources.as_conversation(row) for row in rows] if config.data.chat == "on" else rows, provenance
+
+
+def check_chat(config: ConfigDict, rows: Sequence[Row]) -> None:
+    """Raises UserError if the training conversations hold nothing that the assistant says, or nothing else: a sign of
+    roles that were mixed up. Counted in bytes of the messages, so before anything is tokenised."""
+    messages = [m for row in rows if row.split == "train" for m in row.messages]
+    total = sum(len(m["content"].encode()) for m in messages)
+    learned = sum(len(m["content"].encode()) for m in messages if m["role"] == "assistant")
+    allowed = config.data.chat_any_share
+    if messages and learned in (0, total) and not allowed:
+        says = ", ".join(f"{n} {role}" for role, n in Counter(m["role"] for m in messages).items())
+        raise UserError(
+            f"{learned / total:.0%} of the training conversations would be learned ({learned:,} of {total:,} bytes, in "
+            f"{len(messages):,} messages: {says}): check their roles, or set config.data.chat_any_share=True if it is "
+            "meant so"
+        )
 
 
 def tokenizer_of(work: Workdir, side: str, texts: Sequence[str]) -> ByteTable:
@@ -103,7 +127,8 @@ def align_rows(
     """Examples of the usable rows; `document` is the row's index. The others go to the quarantine."""
     named = {name: i for i, name in enumerate(specialties)}
     fields = [
-        {"prompt": r.prompt, "completion": r.completion, "specialty": named[r.specialty], "document": i}
+        {"prompt": r.prompt, "completion": r.completion, "messages": r.messages, "append_eos": r.ended}
+        | {"specialty": named[r.specialty], "document": i}
         for i, r in enumerate(rows)
     ]
     examples, rejected = make_examples(fields, tables["student"], tables["teacher"])
@@ -141,7 +166,17 @@ def write_documents(file: Path, rows: dict[str, list[Row]], examples: dict[str, 
                 row = members[number]
                 record = {"split": split, "document": number, "id": row.id, "specialty": row.specialty}
                 record |= {"prompt": row.prompt, "completion": row.completion}
+                record |= {"messages": row.messages} if row.messages else {}
                 out.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def chat_share(examples: list[Example], rows: Sequence[Row]) -> dict[str, Any]:
+    """How many examples are conversations, the student tokens of their messages with the ends of their turns, and the
+    share of these that is supervised; what the templates add is not counted."""
+    chats = [e for e in examples if rows[e["document"]].messages]
+    supervised = sum(int(e["student_supervised"].sum()) for e in chats)
+    tokens = sum(int(((e["role"] != NONE) | e["student_supervised"]).sum()) for e in chats)
+    return {"rows": len(chats), "tokens": tokens, "supervised": round(supervised / tokens, 5) if tokens else 0.0}
 
 
 def unigram(examples: list[Example], vocab_size: int) -> np.ndarray:

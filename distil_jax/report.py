@@ -19,6 +19,7 @@ import distil_jax
 from distil_jax import learners
 from distil_jax.errors import UserError
 from distil_jax.generation import generate
+from distil_jax.generation.text import Prompt
 from distil_jax.manifest import write_json_atomic
 from distil_jax.metrics import read_metrics
 from distil_jax.page import page
@@ -104,11 +105,12 @@ def sample_answers(config: ConfigDict, work: Workdir) -> list[dict[str, str]]:
     """Greedy answers of every trained model to a few held-out questions, spread over the test split."""
     lines = (work / "corpus" / "documents.jsonl").read_text(encoding="utf-8").splitlines()
     documents = [d for d in map(json.loads, lines) if d["split"] == "test" and d["prompt"]]
+    documents = [d for d in documents if "messages" not in d or d["messages"][-1]["role"] == "assistant"]
     wanted = min(config.evaluation.answers, len(documents))
     if wanted == 0:
         return []
     chosen = [documents[i] for i in np.linspace(0, len(documents) - 1, wanted).astype(int)]
-    prompts = [d["prompt"] for d in chosen]
+    prompts = [_asked(d) for d in chosen]
     mesh, tables = learners.mesh_of(config), learners.tables_of(work)
     answers = [{"prompt": d["prompt"], "reference": d["completion"]} for d in chosen]
     with jax.set_mesh(mesh):
@@ -119,6 +121,11 @@ def sample_answers(config: ConfigDict, work: Workdir) -> list[dict[str, str]]:
             for answer, text in zip(answers, texts, strict=True):
                 answer[name] = text
     return answers
+
+
+def _asked(document: dict[str, Any]) -> Prompt:
+    """What a model is asked of a held-out document: its prompt, or its conversation up to the last message."""
+    return document["messages"][:-1] if "messages" in document else document["prompt"]
 
 
 def print_table(summary: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Rows of text: the one schema that every source yields, the reader of the user's own files, and the quarantine.
 
-A row's text is `prompt + completion`, with nothing put between them; only the completion is learned from. A row that
-cannot be used is never dropped silently: it goes to `quarantine.jsonl` with its file, line and reason, and is counted.
+A row's text is `prompt + completion`, with nothing put between them; only the completion is learned from. A row may be
+a conversation instead, which each model then reads in its own format (tokens/chat.py). A row that cannot be used is
+never dropped silently: it goes to `quarantine.jsonl` with its file, line and reason, and is counted.
 """
 
 from __future__ import annotations
@@ -12,21 +13,30 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
+from distil_jax import conversation
+from distil_jax.conversation import Message
 from distil_jax.errors import UserError, nearest
 
 SPLITS = ("train", "validation", "test")
 _SPLIT_ALIASES = {"val": "validation", "valid": "validation", "dev": "validation"}
-_OPTIONAL_COLUMNS = ("id", "source", "licence", "specialty", "split")
+_OPTIONAL_COLUMNS = ("id", "source", "licence", "specialty", "split", "stopped")
+_TRUTH = {"true": True, "false": False}
 _PEEK_ROWS = 100  # a JSONL file has no header: the keys of its first rows stand for one
 
 
 @dataclass(frozen=True)
 class Row:
-    """One document. `kind` is "pair" (a prompt and its completion) or "text" (empty prompt, all of it learned)."""
+    """One document. `kind` is "pair" (a prompt and its completion), "text" (empty prompt, all of it learned) or "chat".
+
+    A chat has `messages` (conversation.checked); its completion is the content of the last message and its prompt those
+    before it, as plain text with an empty line between them. `ended`: whether the text is whole; the end of a text that
+    was cut short is not learned.
+    """
 
     id: str
     source: str
@@ -36,6 +46,24 @@ class Row:
     kind: str
     prompt: str
     completion: str
+    messages: tuple[Message, ...] = ()
+    ended: bool = True
+
+
+def as_conversation(row: Row) -> Row:
+    """A prompt and its completion as a conversation: the user's and the assistant's. Rows without a prompt, and those
+    that are conversations, as they are."""
+    if row.messages or not row.prompt.strip():
+        return row
+    messages = conversation.of_pair(row.prompt, row.completion)
+    prompt, completion = _as_text(messages)
+    return replace(row, kind="chat", prompt=prompt, completion=completion, messages=messages)
+
+
+def _as_text(messages: tuple[Message, ...]) -> tuple[str, str]:
+    """Prompt and completion of a conversation in plain text."""
+    *before, last = [message["content"] for message in messages]
+    return "\n\n".join(before), last
 
 
 class Quarantine:
@@ -91,14 +119,18 @@ def read_files(
     validation: float = 0.04,
     test: float = 0.08,
 ) -> Iterator[Row]:
-    """Rows of .jsonl, .csv and .parquet files with the columns `prompt` and `completion`, or `text`.
+    """Rows of .jsonl, .csv and .parquet files with the columns `prompt` and `completion`, `text`, or `messages`.
 
-    Optional columns: `id`, `specialty`, `source`, `licence` (or `license`), `split` (train, validation, test); all
-    others are ignored. Without `split` a row is placed by a hash of its text, so equal texts never stand on two sides.
+    `messages`: a list of {"role": system, user or assistant, "content": text}, in CSV as JSON. Beside it a `completion`
+    is the assistant's answer to the last message: the file that `distil-jax generate` writes can be learned from.
+
+    Optional columns: `id`, `specialty`, `source`, `licence` (or `license`), `split` (train, validation, test) and
+    `stopped` (false: the completion, or the last message, was cut short, and its end is not learned); all others are
+    ignored. Without `split` a row is placed by a hash of its text, so equal texts never stand on two sides.
 
     Raises UserError at the call for a missing file or an unknown extension, and while reading for a missing column, a
-    file with no usable row, or a broken Parquet file. Malformed lines, undecodable bytes, values that are not text and
-    empty text go to `quarantine`.
+    file with no usable row, or a broken Parquet file. Malformed lines, undecodable bytes, values that are not text,
+    empty text and messages that are no conversation go to `quarantine`.
     """
     paths = [Path(f) for f in ([files] if isinstance(files, (str, os.PathLike)) else files)]
     for path in paths:
@@ -131,7 +163,7 @@ def _rows_of_file(path: Path, quarantine: Quarantine, seed: int, validation: flo
         if isinstance(fields, str):
             quarantine.add(path, number, *fields.split(": ", 1))
             continue
-        kind, prompt, completion = fields
+        kind, prompt, completion, messages = fields
         given = {name: record.get(name) for name in _OPTIONAL_COLUMNS}
         given["licence"] = given["licence"] or record.get("license")
         given = {name: value for name, value in given.items() if value not in (None, "")}
@@ -139,6 +171,9 @@ def _rows_of_file(path: Path, quarantine: Quarantine, seed: int, validation: flo
             quarantine.add(path, number, problem)
             continue
         given = {name: str(value).strip() for name, value in given.items()}
+        if (ended := _TRUTH.get(given.pop("stopped", "true").lower())) is None:
+            quarantine.add(path, number, "not true or false", f"stopped is {record['stopped']!r}")
+            continue
         key = hashlib.sha256(f"{prompt}\0{completion}".encode()).hexdigest()
         split = given.get("split") or split_of(key, seed=seed, validation=validation, test=test)
         split = _SPLIT_ALIASES.get(split.lower(), split.lower())
@@ -154,18 +189,38 @@ def _rows_of_file(path: Path, quarantine: Quarantine, seed: int, validation: flo
             kind=kind,
             prompt=prompt,
             completion=completion,
+            messages=messages,
+            ended=ended,
         )
 
 
-def _text_fields(record: dict) -> tuple[str, str, str] | str:
-    """(kind, prompt, completion) of a record, or "reason: detail" where it has neither a pair nor a text."""
-    prompt, completion, text = (record.get(name) for name in ("prompt", "completion", "text"))
+def _text_fields(record: dict) -> tuple[str, str, str, tuple[Message, ...]] | str:
+    """(kind, prompt, completion, messages) of a record, or "reason: detail" where it has none of the three forms."""
+    prompt, completion, text, messages = (record.get(name) for name in ("prompt", "completion", "text", "messages"))
+    if messages not in (None, ""):
+        return _conversation(messages, completion)
     if completion is not None and prompt is not None:
-        return ("pair" if prompt != "" else "text"), prompt, completion
+        return ("pair" if prompt != "" else "text"), prompt, completion, ()
     if text is not None:
-        return "text", "", text
+        return "text", "", text, ()
     present = ", ".join(name for name, value in record.items() if value is not None) or "nothing"
-    return f"missing field: the row has {present}; it needs prompt and completion, or text"
+    return f"missing field: the row has {present}; it needs prompt and completion, text, or messages"
+
+
+def _conversation(messages: object, completion: object) -> tuple[str, str, str, tuple[Message, ...]] | str:
+    """`_text_fields` of a record with messages."""
+    if isinstance(messages, bytes):
+        return "not UTF-8: in messages"
+    try:
+        given = json.loads(messages) if isinstance(messages, str) else messages
+        if completion not in (None, "") and isinstance(given, list):
+            given = [*given, {"role": "assistant", "content": completion}]
+        found = conversation.checked(given)
+    except (json.JSONDecodeError, RecursionError) as error:
+        return f"malformed JSON: in messages: {error}"
+    except UserError as error:
+        return f"not a conversation: {error}"
+    return "chat", *_as_text(found), found
 
 
 def _problem(prompt: object, completion: object, given: dict) -> str | None:
@@ -187,14 +242,16 @@ def _encodable(text: str) -> bool:
 
 
 def _check_columns(path: Path, columns: list[str]) -> None:
-    if {"prompt", "completion"} <= set(columns) or "text" in columns:
+    if {"prompt", "completion"} <= set(columns) or {"text", "messages"} & set(columns):
         return
     half = {"prompt", "completion"} & set(columns)
-    wanted = sorted({"prompt", "completion"} - half) if half else ["text", "prompt", "completion"]
+    wanted = sorted({"prompt", "completion"} - half) if half else ["text", "prompt", "completion", "messages"]
     others = [column for column in columns if column not in half]
     guess = next((g for name in wanted if (g := nearest(name, others))), "")
     missing = (
-        f"no column {wanted[0]!r} beside {half.pop()!r}" if half else "no columns 'prompt' and 'completion', or 'text'"
+        f"no column {wanted[0]!r} beside {half.pop()!r}"
+        if half
+        else "no columns 'prompt' and 'completion', or 'text', or 'messages'"
     )
     raise UserError(f"{path}: {missing}; it has {', '.join(columns)}{guess}; rename the columns in the file")
 
@@ -273,7 +330,8 @@ def _read_parquet(path: Path, quarantine: Quarantine):
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a whole Parquet file ({error}); copy or write it again") from error
     schema = parquet.schema_arrow
-    wanted = [name for name in schema.names if name in {"prompt", "completion", "text", "license", *_OPTIONAL_COLUMNS}]
+    known = {"prompt", "completion", "text", "messages", "license", *_OPTIONAL_COLUMNS}
+    wanted = [name for name in schema.names if name in known]
 
     def records():
         number = 0
@@ -293,10 +351,18 @@ def _read_parquet(path: Path, quarantine: Quarantine):
             column = column.dictionary_decode()
         kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
         if not any(kind(column.type) for kind in kinds):
-            return column.to_pylist()
+            return [_value(scalar) for scalar in column]
         return [_decoded(value) for value in column.cast(pa.large_binary()).to_pylist()]
 
     return list(schema.names), records()
+
+
+def _value(scalar: Any) -> Any:
+    """What an Arrow scalar holds; bytes where a text in it (in a list of messages) is not UTF-8."""
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return bytes(error.object)
 
 
 def _decoded(value: bytes | None) -> str | bytes | None:

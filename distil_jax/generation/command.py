@@ -12,11 +12,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 
-from distil_jax import sharding
+from distil_jax import arguments, sharding
 from distil_jax.config import load_config
 from distil_jax.errors import UserError
 from distil_jax.generation.sampling import Sampling
@@ -28,14 +28,11 @@ from distil_jax.models.int8 import quantize
 BATCHES_AT_ONCE = 16  # of a file of prompts: what is sorted by length together, and written together
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"distil-jax generate: {message}; see distil-jax generate --help")
-
-
-def parser() -> argparse.ArgumentParser:
+def parser() -> arguments.Parser:
     """The arguments of the command."""
-    p = _Parser(prog="distil-jax generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = arguments.Parser(
+        prog="distil-jax generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("model", nargs="?", help="a Hugging Face directory or hub id (owner/name, owner/name@revision)")
     p.add_argument(
         "--config", metavar="FILE", help="instead of MODEL: what this config exported (--config.KEY=VALUE too)"
@@ -71,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit status. Raises UserError for what the user can mend."""
-    ours, of_config = _config_arguments(argv)
+    ours, of_config = arguments.split(argv)
     args = parser().parse_args(ours)
     if (args.model is None) == (not of_config):
         raise UserError(
@@ -96,21 +93,6 @@ def main(argv: Sequence[str]) -> int:
     else:
         _talk(model, params, codec, how)
     return 0
-
-
-def _config_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(our arguments, `--config FILE` and its overrides)."""
-    ours: list[str] = []
-    of_config: list[str] = []
-    arguments = iter(argv)
-    for argument in arguments:
-        if argument in ("--config", "-config"):
-            of_config += [argument, *([value] if (value := next(arguments, None)) is not None else [])]
-        elif argument.lstrip("-").startswith(("config.", "config=", "noconfig.")) and argument.startswith("-"):
-            of_config.append(argument)
-        else:
-            ours.append(argument)
-    return ours, of_config
 
 
 def _exported(of_config: list[str]) -> Path:

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from distil_jax import conversation
 from distil_jax.errors import UserError
 from distil_jax.generation import engine
 from distil_jax.generation.sampling import Sampling
 from distil_jax.tokens.bytes import ByteTable
+from distil_jax.tokens.chat import Template
 
 GREEDY = Sampling()
 # A prompt is text, or a conversation: [{"role": "user", "content": "..."}, ...].
@@ -60,13 +62,13 @@ def complete(
 
     tokenizer: a transformers tokenizer, a directory, a ByteTable, or a Codec of one of them. Prompts of text are
     encoded as they are (a control token's name in them stays text) after the beginning-of-sequence token if the
-    vocabulary has one; with `chat`, and for conversations, the tokenizer's chat template renders them, and the end of a
-    turn stops the answer too.
+    vocabulary has one; with `chat`, and for conversations, the tokenizer's chat template renders them (without one, the
+    format of its family: tokens/chat.py), and the end of a turn stops the answer too.
     Prompts of like length are batched together, `batch_size` at a time; a mesh that the parameters lie on is used.
     Random draws depend on the seed and on a prompt's place, counted from `first_place`.
 
-    Raises UserError for no prompt, an empty one, one that leaves no room in the model's context, and a chat without a
-    template.
+    Raises UserError for no prompt, an empty one, one that leaves no room in the model's context, and a chat with a
+    tokenizer that has neither template nor known family.
     """
     codec = Codec.of(tokenizer)
     model = codec.tell(model)
@@ -158,17 +160,14 @@ class Codec:
         return ids
 
     def _render(self, prompt: Prompt) -> np.ndarray:
-        """A conversation in the tokenizer's own chat format, ready for the answer."""
+        """A conversation, ready for the answer: in the tokenizer's own chat format, else in that of its family."""
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if isinstance(self._tokenizer, (str, Path)):
             from transformers import AutoTokenizer  # slow to import, and only a chat needs it
 
             self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer)
         if getattr(self._tokenizer, "chat_template", None) is None:
-            raise UserError(
-                "this tokenizer has no chat template: give prompts as plain text, without chat, or use an "
-                "instruction-tuned model"
-            )
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            return self._render_as_family(messages)
         try:
             ids = self._tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=True, return_dict=False
@@ -176,6 +175,16 @@ class Codec:
         except Exception as error:  # a template raises what its author liked, jinja2 its own errors
             raise UserError(f"the chat template does not take this conversation: {error}") from error
         return np.asarray(ids, np.int32)
+
+    def _render_as_family(self, messages: Sequence[Mapping[str, str]]) -> np.ndarray:
+        try:
+            template = Template(self.table)
+        except UserError as error:
+            raise UserError(
+                f"this tokenizer has no chat template, and none is known for it ({error}): give prompts as plain text, "
+                "without chat, or use an instruction-tuned model"
+            ) from error
+        return template.render(conversation.checked(messages), answer=True)
 
     def stop_ids(self, model: Any, *, chat: bool) -> frozenset[int]:
         """The ids that end an answer: those of the model's config, in a chat also the end of a turn."""

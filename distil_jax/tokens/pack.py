@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int8, Int32
 from distil_jax.errors import UserError
 from distil_jax.tokens.align import NONE, ROOT, align_ids
 from distil_jax.tokens.bytes import ByteTable
+from distil_jax.tokens.chat import NOTHING, Template
 
 StudentTokens = Int32[np.ndarray, "ns"]
 StudentFlags = Bool[np.ndarray, "ns"]
@@ -48,9 +49,9 @@ TEACHER_FIELDS = (
 class Example(TypedDict):
     """One document in both tokenizations.
 
-    *_supervised marks the tokens to learn (completion and eos), in their own place. teacher_index is the index in
-    teacher_tokens of the token that contains the student token's first byte (-1 for bos and wherever role is NONE);
-    offset counts the bytes before it in that token.
+    *_supervised marks the tokens to learn (completion and eos; in a conversation what the assistant says and the ends
+    of its turns), in their own place. teacher_index is the index in teacher_tokens of the token that contains the
+    student token's first byte (-1 for bos and wherever role is NONE); offset counts the bytes before it in that token.
     """
 
     student_tokens: StudentTokens
@@ -62,6 +63,9 @@ class Example(TypedDict):
     offset: StudentTokens
     specialty: int
     document: int
+
+
+Outcome = tuple[dict[int, Example], dict[int, UserError]]  # by the row's index: its example, or why it has none
 
 
 @dataclass(frozen=True)
@@ -113,52 +117,115 @@ def make_example(
 def make_examples(
     rows: Sequence[Mapping[str, Any]], student: ByteTable, teacher: ByteTable
 ) -> tuple[list[Example], list[tuple[int, UserError]]]:
-    """`make_example` for many rows, encoded as a batch.
+    """`make_example` for many rows, and the examples of conversations.
 
-    rows: mappings with prompt and completion (str), and optionally specialty (int, 0), document (int, the row's index)
-      and append_eos (bool, True).
+    rows: mappings with prompt and completion (str), or with messages (as conversation.checked returns them), and
+      optionally specialty (int, 0), document (int, the row's index) and append_eos (bool, True; False: the completion,
+      or the last message, is cut short and its end is not learned).
 
-    Returns the examples of the rows that can be used, in order, and (row index, error) for each of the others.
+    Returns the examples of the rows that can be used, in order, and (row index, error) for each of the others. Raises
+    UserError for messages where a vocabulary lacks the control tokens of a conversation.
     """
-    texts = [row[key] for row in rows for key in ("prompt", "completion")]
-    encoded = [table.try_encode_batch(texts) for table in (student, teacher)]
+    chats = [n for n, row in enumerate(rows) if row.get("messages")]
+    plain = [n for n, row in enumerate(rows) if not row.get("messages")]
+    examples, rejected = _documents(plain, rows, student, teacher)
+    if chats:
+        conversations, unusable = _conversations(chats, rows, student, teacher)
+        examples, rejected = examples | conversations, rejected | unusable
+    return [examples[n] for n in sorted(examples)], sorted(rejected.items())
+
+
+def _documents(chosen: list[int], rows: Sequence[Mapping[str, Any]], student: ByteTable, teacher: ByteTable) -> Outcome:
+    """`make_example` for the rows `chosen`, encoded as a batch."""
+    texts = [rows[n][key] for n in chosen for key in ("prompt", "completion")]
+    sides = [table.try_encode_batch(texts) for table in (student, teacher)]
+    pairs = [{n: ids[2 * i : 2 * i + 2] for i, n in enumerate(chosen)} for ids in sides]
     usable: list[int] = []
-    rejected: list[tuple[int, UserError]] = []
-    for n in range(len(rows)):
-        pieces = [ids for side in encoded for ids in side[2 * n : 2 * n + 2]]
+    rejected: dict[int, UserError] = {}
+    for n in chosen:
+        pieces = [*pairs[0][n], *pairs[1][n]]
         failed = [ids for ids in pieces if isinstance(ids, UserError)]
         if not failed and not len(pieces[1]):
             failed = [UserError("no token to learn: its completion is empty; remove the row")]
         if failed:
-            rejected.append((n, failed[0]))
+            rejected[n] = failed[0]
         else:
             usable.append(n)
-    examples: list[Example] = []
+    examples: dict[int, Example] = {}
     for start in range(0, len(usable), _ALIGN_ROWS):
-        examples += _align_rows(usable[start : start + _ALIGN_ROWS], rows, encoded, student, teacher)
+        members = usable[start : start + _ALIGN_ROWS]
+        examples |= zip(members, _align_rows(members, rows, pairs, student, teacher), strict=True)
     return examples, rejected
+
+
+def _conversations(
+    chosen: list[int], rows: Sequence[Mapping[str, Any]], student: ByteTable, teacher: ByteTable
+) -> Outcome:
+    """Examples of the rows `chosen`, which have messages: what the assistant says and the ends of its turns are
+    supervised."""
+    templates = Template(student, "student"), Template(teacher, "teacher")
+    texts = [message["content"] for n in chosen for message in rows[n]["messages"]]
+    encoded = list(zip(student.try_encode_batch(texts), teacher.try_encode_batch(texts), strict=True))
+    examples: dict[int, Example] = {}
+    rejected: dict[int, UserError] = {}
+    start = 0
+    for n in chosen:
+        row, roles = rows[n], [message["role"] for message in rows[n]["messages"]]
+        contents, start = encoded[start : start + len(roles)], start + len(roles)
+        failed = [ids for pair in contents for ids in pair if isinstance(ids, UserError)]
+        if not failed and "assistant" not in roles:
+            failed = [UserError("no token to learn: no message is the assistant's; remove the row")]
+        if failed:
+            rejected[n] = failed[0]
+            continue
+        parts = conversation_parts(roles, contents, *templates, ended=row.get("append_eos", True))
+        facts = {"specialty": row.get("specialty", 0), "document": row.get("document", n)}
+        examples[n] = join_parts(parts, student, teacher, **facts)
+    return examples, rejected
+
+
+def conversation_parts(
+    roles: Sequence[str],
+    contents: Sequence[tuple[np.ndarray, np.ndarray]],
+    student: Template,
+    teacher: Template,
+    *,
+    ended: bool = True,
+) -> list[Part]:
+    """A conversation as both models write it.
+
+    roles, contents: of its messages; the content's ids on both sides. ended: as for `Template.frames`.
+
+    Contents are tied by bytes and ends of turns by their role. What the templates put between them is tied to nothing:
+    the families do not say it in the same words, and no model learns it.
+    """
+    *frames, last = zip(student.frames(roles, ended=ended), teacher.frames(roles, ended=ended), strict=True)
+    parts = []
+    for role, (mine, its), content in zip(roles, frames, contents, strict=True):
+        taught = role == "assistant"
+        parts.append(Part(mine.before, its.before, tie="none"))
+        parts.append(Part(*content, supervised=taught))
+        parts.append(Part(mine.end, its.end, tie="role", supervised=taught))
+    return [*parts, Part(last[0].before, last[1].before, tie="none")]
 
 
 def _align_rows(
     chosen: list[int],
     rows: Sequence[Mapping[str, Any]],
-    encoded: list[list[Any]],
+    encoded: Sequence[Mapping[int, Sequence[np.ndarray]]],
     student: ByteTable,
     teacher: ByteTable,
 ) -> list[Example]:
-    """`make_example` for the rows `chosen`, all in one pass.
+    """`make_example` for the rows `chosen`, all in one pass. encoded: of each side, by row, the ids of prompt and
+    completion.
 
     The documents are laid end to end on both sides. Their borders, and those of their parts, then fall on the same
     byte, so one alignment of the whole is the alignment of each.
     """
     sides = {}
     for name, table, ids in (("student", student, encoded[0]), ("teacher", teacher, encoded[1])):
-        bos, eos, none = role_ids(table, "bos"), role_ids(table, "eos"), np.zeros(0, np.int32)
-        parts = [
-            part
-            for n in chosen
-            for part in (bos, ids[2 * n], ids[2 * n + 1], eos if rows[n].get("append_eos", True) else none)
-        ]
+        bos, eos = role_ids(table, "bos"), role_ids(table, "eos")
+        parts = [part for n in chosen for part in (bos, *ids[n], eos if rows[n].get("append_eos", True) else NOTHING)]
         lengths = np.fromiter(map(len, parts), np.int64, len(parts)).reshape(-1, 4)
         supervised = np.repeat(np.tile([False, False, True, True], len(chosen)), lengths.ravel())
         ends = np.cumsum(lengths.sum(1))
@@ -212,7 +279,7 @@ def role_ids(table: ByteTable, role: str) -> np.ndarray:
 def join_parts(
     parts: Iterable[Part], student: ByteTable, teacher: ByteTable, *, specialty: int = 0, document: int = 0
 ) -> Example:
-    """An example from parts in order: the way for chat templates, whose control tokens differ between the models."""
+    """An example from parts in order: the way for conversations, whose control tokens differ between the models."""
     columns: list[tuple[np.ndarray, ...]] = []
     teacher_columns: list[tuple[np.ndarray, np.ndarray]] = []
     teacher_start = 0
