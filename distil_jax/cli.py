@@ -30,7 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prepare": ("distil_jax.prepare:main", "text to tokenizers, aligned and packed shards"),
     "inspect": ("distil_jax.look.command:main", "what both models read of a text: tokens, roles, masks, expectations"),
     "train": ("distil_jax.train:main", "train teacher and controls; once `project` has run, the distilled student"),
-    "project": ("distil_jax.project:main", "build, fit and measure the vocabulary projection"),
+    "project": ("distil_jax.project:main", "build, fit and measure the vocabulary projection; `project inspect TEXT`"),
     "score": ("distil_jax.score:main", "what the teacher says of the training shards, once, for teacher.scores=stored"),
     "evaluate": ("distil_jax.evaluate:main", "held-out bits per byte, accuracy and agreement of every model"),
     "export": ("distil_jax.export:main", "the distilled student as a Hugging Face directory"),
@@ -73,6 +73,8 @@ def _dispatch(command: str, argv: list[str]) -> int:
     # transformers serves tokenizers here; that it finds no torch for its models is no news.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     main_fn = getattr(importlib.import_module(module), function)
+    if command == "project" and argv[:1] == ["inspect"]:
+        return importlib.import_module("distil_jax.look.mapping").main(argv[1:])
     if command in _OWN_ARGUMENTS:
         return main_fn(argv)
     return _run_stage(main_fn, f"distil-jax {command}", argv, config_optional=command in _CONFIG_OPTIONAL)
