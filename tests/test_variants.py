@@ -1,6 +1,5 @@
 """Variants of the objective: what an override may be, which folders a change of the config touches, the ladder."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -256,16 +255,8 @@ def test_the_ladder_of_one_run():
     assert len(ladder_rows(alone)) == 1
 
 
-@pytest.fixture(scope="module")
-def tool():
-    """bench/ablation.py."""
-    spec = importlib.util.spec_from_file_location("ablation", PROJECT / "bench" / "ablation.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_ladder_of_several_seeds_is_one_table(tool):
+def test_the_ladder_of_several_seeds_is_one_table(bench_tool):
+    tool = bench_tool("ablation")
     results = {0: summary_of(1.7, 1.75, 0.2), 3: summary_of(1.6, 1.75, 0.3)}
     lines = tool.table(results, ["eye"]).splitlines()
     assert lines[0] == (
