@@ -2,50 +2,26 @@
 
     python bench/ablation.py [--seeds=0,1,2] [--workdir=work/ablation] [--config.KEY=VALUE ...]
 
-Each seed is a whole run in WORKDIR/seedN, one after the other, corpus and teacher included, in a process of its own.
-What is done is skipped, as always; so the table of finished runs costs seconds. It goes to standard output and to
-WORKDIR/ablation.md.
+The seeds are run as bench/several_seeds.py says. The table goes to standard output and to WORKDIR/ablation.md.
 """
 
-import json
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+from several_seeds import TINY, markdown, run_all, shown, spread
+
 from distil_jax import variants
-from distil_jax.config import load_config
 from distil_jax.losses.weights import parse_weights
 from distil_jax.tables import gain, models_of
 
-CONFIG = str(Path(__file__).resolve().parent.parent / "configs" / "tiny.py") + ":ablation"
-
 
 def main(arguments: Sequence[str]) -> None:
-    given = [a for a in arguments if not a.startswith(("--seeds=", "--workdir="))]
-    options = {"--seeds": "0,1,2", "--workdir": "work/ablation"}
-    options |= dict(a.split("=", 1) for a in arguments if a not in given)
-    config = load_config(["--config", CONFIG, *given])[0]  # a wrong key ends it here
-    folder = Path(options["--workdir"])
-    results = {}
-    for seed in map(int, options["--seeds"].split(",")):
-        place = folder / f"seed{seed}"
-        overrides = [*given, f"--config.seed={seed}", f"--config.workdir={place}"]
-        command = [sys.executable, "-m", "distil_jax", "run", "--config", CONFIG, *overrides]
-        subprocess.run(command, check=True, stdout=sys.stderr)
-        results[seed] = read(place)
+    config, folder, results = run_all(arguments, f"{TINY}:ablation", "work/ablation")
     given_weights = [config.variants[run].get("specialty_weights", "") for run in config.variants]
     text = table(results, list(dict.fromkeys(name for weights in given_weights for name in parse_weights(weights))))
     (folder / "ablation.md").write_text(text, encoding="utf-8")
     print(text, end="")
-
-
-def read(place: Path) -> dict[str, Any]:
-    """The summary of a finished run, with its differences by specialty."""
-    evaluated = json.loads((place / "evaluate" / "manifest.json").read_text(encoding="utf-8"))
-    summary = json.loads((place / "summary.json").read_text(encoding="utf-8"))
-    return summary | {"differences_by_specialty": evaluated["differences_by_specialty"]}
 
 
 def table(results: dict[int, dict[str, Any]], specialties: Sequence[str] = ()) -> str:
@@ -56,7 +32,7 @@ def table(results: dict[int, dict[str, Any]], specialties: Sequence[str] = ()) -
     runs = next(iter(results.values()))["runs"]
     columns = ["rung", "seed", "bits per byte", "control - it", "the rung below - it"]
     columns += [f"the rung below - it, in {name}" for name in specialties] + ["seconds a step", "of the control's"]
-    lines = [columns, ["---"] * len(columns)]
+    lines = []
     for run in ("teacher", *runs):
         bits = {seed: models_of(r)[run]["bits_per_byte"] for seed, r in results.items()}
         seconds = {seed: r["seconds_per_step"].get(run) for seed, r in results.items()}
@@ -70,7 +46,7 @@ def table(results: dict[int, dict[str, Any]], specialties: Sequence[str] = ()) -
             cells = [spread([d["bits_per_byte"] for d in column.values()], "{:+.4f}") for column in gained]
             row = [run, "mean [range]", spread(bits.values(), "{:.4f}"), *cells]
             lines.append([*row, spread(seconds.values(), "{:.3f}"), spread(times.values(), "{:.2f}")])
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return markdown(columns, lines)
 
 
 def gains(
@@ -86,19 +62,6 @@ def gains(
         *(lambda r, name=name: r["differences_by_specialty"][name][below] for name in specialties),
     ]
     return [{seed: column(r) for seed, r in results.items()} for column in columns]
-
-
-def spread(values: Any, form: str) -> str:
-    """The mean of some numbers and, in brackets, the least and the largest; nothing for none."""
-    numbers = [v for v in values if v is not None]
-    if not numbers:
-        return ""
-    mean, low, high = sum(numbers) / len(numbers), min(numbers), max(numbers)
-    return f"{form.format(mean)} [{form.format(low)}, {form.format(high)}]"
-
-
-def shown(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.files = ""  # your JSONL, Parquet or CSV files, separated by commas; empty: the Human Phenotype Ontology
+    c.data.corpus = "definitions"  # of terms; or "frequencies": of features in diseases, full of numbers; without files
     c.data.student_length = 256  # tokens in a packed row
     c.data.teacher_length = 256
     c.data.rows_per_shard = 2048

@@ -9,7 +9,12 @@ by the teacher (distilled). Takes about five minutes on two CPU cores.
     distil-jax run --config configs/tiny.py:ablation
 
 trains the rungs of the paper's ladder in place of the last two, each the one below it and one thing more
-(docs/ablation.md).
+(docs/ablation.md); `:objectives` trains one student for each way of comparing two vocabularies (docs/objectives.md).
+
+    distil-jax run --config configs/tiny.py:numbers
+
+learns from another text of the same source, how often diseases show their features, where one byte in eight is a digit
+(docs/tiny_corpus.md). It combines: `configs/tiny.py:objectives,numbers`.
 
 Your own models and text go through the same stages:
 
@@ -23,20 +28,28 @@ from ml_collections import ConfigDict
 
 from distil_jax.errors import UserError, nearest
 
-ARGUMENTS = ("", "ablation")
+ARGUMENTS = ("ablation", "objectives", "numbers")  # after the colon, separated by commas
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    if arg not in ARGUMENTS:
-        known = "none, or " + ", ".join(filter(None, ARGUMENTS))
-        raise UserError(f"no recipe {arg!r} here; after the colon comes {known}{nearest(arg, ARGUMENTS)}")
+    chosen = [part for part in arg.split(",") if part]
+    for part in chosen:
+        if part not in ARGUMENTS:
+            raise UserError(
+                f"no recipe {part!r} here; after the colon comes none, or {', '.join(ARGUMENTS)}, or several of them "
+                f"with commas{nearest(part, ARGUMENTS)}"
+            )
+    if {"ablation", "objectives"} <= set(chosen):
+        raise UserError("ablation and objectives each name the students to train: choose one of the two")
     c = ConfigDict()
     c.seed = 0  # of initial weights and of the order of the data
-    c.workdir = "work/tiny"  # everything a run writes
+    # Everything a run writes: work/tiny, or work/ and the arguments.
+    c.workdir = "work/" + ("_".join(part for part in ARGUMENTS if part in chosen) or "tiny")
     c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: whatever the other axes leave
 
     c.data = ConfigDict()
     c.data.files = ""  # your JSONL, Parquet or CSV files, separated by commas; empty: the Human Phenotype Ontology
+    c.data.corpus = "definitions"  # of terms; or "frequencies": of features in diseases, full of numbers; without files
     c.data.student_length = 256  # tokens in a packed row
     c.data.teacher_length = 256
     c.data.rows_per_shard = 2048
@@ -71,6 +84,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.student.path = ""
     c.student.licence = ""
     c.student.vocab_size = 2048
+    c.student.numerals = False  # a vocabulary that is made has every group of up to three digits, as Llama 3 does
     c.student.shape = ConfigDict(
         {
             "model_type": "llama",
@@ -152,8 +166,14 @@ def get_config(arg: str = "") -> ConfigDict:
     c.export.licence_files = ""  # texts that the models' folders lack, separated by commas
     c.export.push_to = ""  # "owner/name" on the Hugging Face hub; empty: nowhere
     c.export.private = True  # of the repository that a push makes
-    if arg == "ablation":
+    if "ablation" in chosen:
         ablation(c)
+    if "objectives" in chosen:
+        objectives(c)
+    if "numbers" in chosen:
+        c.data.corpus = "frequencies"
+        c.student.numerals = True
+        c.student.vocab_size = 3072  # with 1,110 numerals
     return c.lock()
 
 
@@ -173,7 +193,21 @@ def ablation(c: ConfigDict) -> None:
         c.variants[name] = ConfigDict(rung)
     c.runs = ("control", *added)
     c.export.run = name
-    c.workdir = "work/ablation"
+
+
+def objectives(c: ConfigDict) -> None:
+    """One student for each objective, equal in all else (bench/objectives.py). A rival is one line: what it changes."""
+    rivals = {
+        "top16": {"top_k": 16},
+        "learned": {"learn_projection": True},
+        "reverse": {"divergence": "reverse"},
+        "skewed_forward": {"divergence": "skewed_forward"},
+        "skewed_reverse": {"divergence": "skewed_reverse"},
+        "jsd": {"divergence": "jsd", "skew": 0.5},
+    }
+    for name, change in rivals.items():
+        c.variants[name] = ConfigDict(change)
+    c.runs = ("control", "distilled", *rivals)
 
 
 def training(steps: int, learning_rate: float) -> ConfigDict:

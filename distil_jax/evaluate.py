@@ -9,10 +9,11 @@ it (variants.py).
 bits_per_byte: the supervised text (a definition, given its question) in bits per byte of UTF-8. Bytes are the same for
     both tokenizers, so teacher and student compare. End-of-sequence tokens have no bytes and are left out.
 token_accuracy: at root positions, where both tokenizations stand at the same byte, how often a model's most likely
-token
-    is the true next token of its own tokenization. "Token-level accuracy retained" is the student's over the teacher's.
+    token is the true next token of its own tokenization. "Token-level accuracy retained" is the student's over the
+    teacher's.
 agreement_with_teacher: at root positions, how often the student's most likely token is the first piece of the
-teacher's.
+    teacher's.
+by_class: bits per byte and accuracy of words, digits, whitespace, punctuation and bytes (eval/by_class.py).
 """
 
 import functools
@@ -27,7 +28,9 @@ from ml_collections import ConfigDict
 from distil_jax import learners, variants
 from distil_jax.data.loader import Loader
 from distil_jax.eval import bootstrap, likelihood
+from distil_jax.eval.by_class import ByClass, ClassScores, Spans
 from distil_jax.projection import Projection
+from distil_jax.tokens import align
 from distil_jax.tokens.align import ROOT
 from distil_jax.workdir import Workdir
 
@@ -73,11 +76,20 @@ def main(config: ConfigDict) -> dict[str, Any]:
         )
         for name, values in scores.items()
     }
+    kinds = documents.by_class(align.token_classes(tables["student"]))
+    of_kinds = {name: documents.class_scores(kinds, name == "teacher", values) for name, values in scores.items()}
+    for name, measures in results.items():
+        measures["by_class"] = kinds.measures(of_kinds[name], e.bootstrap)
     facts: dict[str, Any] = {"documents": documents.count, "bytes": int(documents.bytes_D.sum()), "models": results}
+    facts["classes"] = kinds.sizes()
     bits = {name: documents.bits(name == "teacher", values["nats"]) for name, values in scores.items()}
     compared = pairs(config.runs)
     facts["differences"] = {
         f"{other} - {run}": difference(bits[other], bits[run], documents.bytes_D, e) for other, run in compared
+    }
+    by_class = {f"{o} - {run}": kinds.difference(of_kinds[o], of_kinds[run], e.bootstrap) for o, run in compared}
+    facts["differences_by_class"] = {
+        kind: {pair: differences[kind] for pair, differences in by_class.items()} for kind in facts["classes"]
     }
     of_each = documents.of_each(corpus["specialties"])
     facts["bits_per_byte_by_specialty"] = {
@@ -153,6 +165,16 @@ class Documents:
         """Bits of each document's bytes, [D]."""
         side, index = ("teacher", self.teacher_index) if of_teacher else ("student", self.index)
         return self._sum(index, nats * (self.size[side] > 0)) / np.log(2)
+
+    def by_class(self, classes_V: np.ndarray) -> ByClass:
+        """The supervised tokens by the student's classes. classes_V: class of each student id."""
+        student = Spans.of(self.index, self.size["student"])
+        teacher = Spans.of(self.teacher_index, self.size["teacher"])
+        return ByClass(student, teacher, classes_V[student.at(self.rows["student_targets"])], self.count)
+
+    def class_scores(self, kinds: ByClass, of_teacher: bool, values: dict[str, Any]) -> ClassScores:
+        side = "teacher" if of_teacher else "student"
+        return kinds.scores(side, values["nats"], values["prediction"] == self.rows[f"{side}_targets"])
 
     def of_each(self, specialties: Sequence[str]) -> dict[str, np.ndarray]:
         """Which documents each specialty has, [D] bool, of those that have any."""

@@ -120,12 +120,10 @@ def summary(
     """The measures with their intervals over documents, whole, by class of token and by specialty."""
     documents, index = np.unique(positions.document_N, return_inverse=True)
     only, everywhere = positions.one_to_one_N.astype(np.float64), np.ones(len(index))
-    resampled = bootstrap.Resampled(len(documents), seed=seed, samples=samples)
 
     def ratio(numerator, denominator, where=everywhere):
-        return resampled.ratio(
-            *(np.bincount(index, where * x, minlength=len(documents)) for x in (numerator, denominator))
-        )
+        sums = (np.bincount(index, where * x, minlength=len(documents)) for x in (numerator, denominator))
+        return bootstrap.ratio(*sums, samples=samples, seed=seed)
 
     def preserved(where=everywhere):
         found: dict[str, Any] = {}

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from distil_jax.config import flatten
 from distil_jax.metrics import read_metrics
-from distil_jax.tables import label_of, ladder_rows, models_of, table_rows, verdict
+from distil_jax.tables import class_rows, label_of, ladder_rows, models_of, table_rows, verdict
 from distil_jax.workdir import Workdir
 
 COLORS = {"teacher": "#7f7f7f", "control": "#1f77b4", "smoothing": "#ff7f0e", "distilled": "#2ca02c"}
@@ -47,6 +47,8 @@ h3 {{ white-space: pre-wrap; font-size: 15px; margin-bottom: .2rem }}
 <h1>{e(str(work.root))}</h1>
 <p>{e(verdict(summary))}</p>
 {table(table_rows(models_of(summary)))}
+<p>By class of the student's tokens: bits per byte and, in brackets, how often the most likely token was right.</p>
+{table(class_rows(models_of(summary)))}
 {ladder(config, summary)}
 <p>Research only: nothing here has been evaluated for clinical use.</p>
 <h2>Curves</h2>

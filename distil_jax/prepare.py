@@ -16,11 +16,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from distil_jax import learners
-from distil_jax.data import hpo, sources
+from distil_jax.data import frequencies, hpo, sources
 from distil_jax.data.loader import write_shards
 from distil_jax.data.sources import Quarantine, Row
 from distil_jax.data.train_tokenizers import train_gemma_style, train_llama_style
-from distil_jax.errors import UserError
+from distil_jax.errors import UserError, nearest
 from distil_jax.models import hub
 from distil_jax.tokens import align
 from distil_jax.tokens.align import NONE, Alignment
@@ -28,7 +28,7 @@ from distil_jax.tokens.bytes import ByteTable, RoundTripError
 from distil_jax.tokens.pack import Example, make_examples, pack
 from distil_jax.workdir import Workdir, files_of
 
-TRAIN_TOKENIZER = {"teacher": train_gemma_style, "student": train_llama_style}
+EMBEDDED = {"definitions": hpo.load_corpus, "frequencies": frequencies.load_corpus}  # data.corpus
 HELD_OUT = ("validation", "test")
 CHAT = ("off", "on")  # config.data.chat
 
@@ -84,13 +84,16 @@ def read_rows(config: ConfigDict, quarantine: Quarantine) -> tuple[list[Row], di
     prompt and completion are conversations."""
     if config.data.chat not in CHAT:
         raise UserError(f"config.data.chat is {config.data.chat!r}; use one of {', '.join(map(repr, CHAT))}")
+    name = config.data.corpus
+    if name not in EMBEDDED:
+        raise UserError(f"config.data.corpus is {name!r}: it is {' or '.join(EMBEDDED)}{nearest(name, EMBEDDED)}")
     files = files_of(config)
     if files:
         rows = list(sources.read_files(files, quarantine))
         licences = Counter(f"{row.source}: {row.licence or 'not stated'}" for row in rows)
         provenance = {"files": files, "licences": dict(licences)}
     else:
-        corpus = hpo.load_corpus(quarantine)
+        corpus = EMBEDDED[name](quarantine)
         rows, provenance = corpus.rows, corpus.manifest
     return [sources.as_conversation(row) for row in rows] if config.data.chat == "on" else rows, provenance
 
@@ -117,8 +120,16 @@ def tokenizer_of(work: Workdir, side: str, texts: Sequence[str]) -> ByteTable:
     if work.config[side].path:
         hub.load_model(where)  # a model that we do not have should be refused now, not after the corpus is made
     else:
-        TRAIN_TOKENIZER[side](texts, work.config[side].vocab_size, where)
+        train_tokenizer(work.config, side, texts, where)
     return ByteTable.from_tokenizer(where)
+
+
+def train_tokenizer(config: ConfigDict, side: str, texts: Sequence[str], where: str | Path) -> None:
+    """Trains the tokenizer of a side on `texts` and saves it in the folder `where`."""
+    if side == "teacher":
+        train_gemma_style(texts, config.teacher.vocab_size, where)
+    else:
+        train_llama_style(texts, config.student.vocab_size, where, numerals=config.student.numerals)
 
 
 def align_rows(

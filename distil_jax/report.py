@@ -23,7 +23,7 @@ from distil_jax.generation.text import Prompt
 from distil_jax.manifest import write_json_atomic
 from distil_jax.metrics import read_metrics
 from distil_jax.page import page
-from distil_jax.tables import interval, ladder_rows, models_of, table_rows, verdict
+from distil_jax.tables import class_rows, interval, ladder_rows, models_of, table_rows, verdict
 from distil_jax.workdir import Workdir
 
 SUMMARY = "summary.json"
@@ -135,7 +135,9 @@ def print_table(summary: dict[str, Any]) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 130)
     ladder = ("Bits per byte, paired by document; above 0: it is better", ladder_rows(summary))
-    for title, (header, *rows) in (("Held-out text", table_rows(models_of(summary))), ladder):
+    models = models_of(summary)
+    by_class = ("By class of token: bits per byte (accuracy)", class_rows(models))
+    for title, (header, *rows) in (("Held-out text", table_rows(models)), by_class, ladder):
         if rows:
             table = Table(title=title)
             for column in header:

@@ -34,6 +34,16 @@ def table_rows(models: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
     return rows
 
 
+def class_rows(models: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Bits per byte and, in brackets, accuracy by class of token as text cells, header first."""
+    classes = list(next(iter(models.values()))["by_class"])
+    rows = [("", *classes)]
+    for name, m in models.items():
+        cells = [f"{m['by_class'][c]['bits_per_byte']:.4f} ({m['by_class'][c]['accuracy']:.1%})" for c in classes]
+        rows.append((label_of(name), *cells))
+    return rows
+
+
 def ladder_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     """What each rung gained in bits per byte, as text cells, header first; no rows where there is one rung or none."""
     runs, differences = summary["runs"], summary["differences"]

@@ -28,7 +28,10 @@ from distil_jax.variants import UNTAUGHT
 STUDENT = ("seed", "student.shape", "student.training", "student.lora", "objective", "evaluation.curve_rows")
 # The config that each stage reads (dotted; a whole subtree or one key), and the stages that it builds on.
 READS: dict[str, tuple[str, ...]] = {
-    "corpus": ("data", "teacher.path", "teacher.vocab_size", "student.path", "student.vocab_size"),
+    "corpus": (
+        *("data", "teacher.path", "teacher.vocab_size"),
+        *("student.path", "student.vocab_size", "student.numerals"),
+    ),
     "teacher": ("seed", "teacher.shape", "teacher.adapt", "teacher.training", "evaluation.curve_rows"),
     "scores": ("score", "teacher.dtype", "student.training.compute_dtype"),
     "projection": ("seed", "projection", "evaluation.bootstrap", "evaluation.rows"),

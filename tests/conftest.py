@@ -1,5 +1,6 @@
 """The ground under every test: CPU only, eight fake devices, no network, no silent broadcasting of ranks."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -36,3 +37,18 @@ def tokenizers_dir() -> Path:
             f"no {' and '.join(missing)} tokenizer under {folder}: set DISTIL_JAX_TOKENIZERS to a folder that has them"
         )
     return folder
+
+
+@pytest.fixture(scope="session")
+def bench_tool():
+    """Loads a script of bench/ by its name, as running it would: its folder stands first in the path meanwhile."""
+
+    def load(name):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(PROJECT / "bench")
+            spec = importlib.util.spec_from_file_location(name, PROJECT / "bench" / f"{name}.py")
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        return module
+
+    return load

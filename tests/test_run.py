@@ -322,6 +322,32 @@ def test_the_parts_of_the_test_text_are_the_whole(finished):
         assert low <= high
 
 
+def test_the_classes_of_token_are_the_whole(finished):
+    """Bits per byte by class, weighted by bytes, sum to those of all text; differences are those of the models."""
+    config, summary, _ = finished
+    evaluated = Workdir(config).require("evaluate")
+    sizes = evaluated["classes"]
+    assert {"word", "digit", "punctuation"} <= sizes.keys() == evaluated["differences_by_class"].keys()
+    assert sum(size["bytes"] for size in sizes.values()) == evaluated["bytes"]
+    models = models_of(summary)
+    for measures in models.values():
+        by = measures["by_class"]
+        total = sum(sizes[kind]["bytes"] * by[kind]["bits_per_byte"] for kind in sizes)
+        assert total / evaluated["bytes"] == pytest.approx(measures["bits_per_byte"], rel=1e-9)
+        for kind in sizes:
+            low, high = by[kind]["accuracy_interval"]
+            assert 0 <= low <= by[kind]["accuracy"] <= high <= 1
+    for kind, differences in evaluated["differences_by_class"].items():
+        assert differences.keys() == evaluated["differences"].keys()
+        for pair, found in differences.items():
+            other, run = pair.split(" - ")
+            for key in ("bits_per_byte", "accuracy"):
+                wanted = models[other]["by_class"][kind][key] - models[run]["by_class"][kind][key]
+                assert found[key] == pytest.approx(wanted, abs=1e-12)
+    page = (Workdir(config) / "report" / "index.html").read_text()
+    assert "<th>digit</th>" in page and f"{models['distilled']['by_class']['digit']['bits_per_byte']:.4f}" in page
+
+
 def test_a_rung_that_would_fail_stops_the_first_run(corpus_only):
     config = corpus_only(runs="control,distilled,hot")
     with config.unlocked():

@@ -2,6 +2,7 @@
 
 import json
 import random
+from string import ascii_lowercase
 
 import pytest
 from tokenizers import Tokenizer
@@ -9,7 +10,7 @@ from transformers import AutoTokenizer
 
 from distil_jax.data import hpo
 from distil_jax.data.sources import Quarantine
-from distil_jax.data.train_tokenizers import GEMMA_BYTES, train_gemma_style, train_llama_style
+from distil_jax.data.train_tokenizers import GEMMA_BYTES, NUMERALS, train_gemma_style, train_llama_style
 from distil_jax.errors import UserError
 
 HARD_TEXTS = [
@@ -133,6 +134,26 @@ def test_llama_style_ids_digits_and_whole_pieces(folders, texts):
     merged = Tokenizer.from_str(json.dumps(file))
     for text in texts[0][:300] + texts[1] + HARD_TEXTS:
         assert merged.encode(text).ids == backend.encode(text).ids
+
+
+def test_all_numerals_of_llama_3_can_be_asked_for(texts, tmp_path, tokenizers_dir):
+    train_llama_style(texts[0], 2048, tmp_path, numerals=True)
+    ours, real = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path, tokenizers_dir / "llama3"))
+    assert len(ours) == 2048 and set(NUMERALS) <= ours.get_vocab().keys() & real.get_vocab().keys()
+    for text in ("12345", "PMID:31675180", "12.5 % of 1000", "007", "x2y 3.14159"):
+        digits = [[t for t in side.tokenize(text) if t.isdigit()] for side in (ours, real)]
+        assert digits[0] == digits[1]
+    file = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    file["model"]["ignore_merges"] = False
+    merged = Tokenizer.from_str(json.dumps(file))  # by merges alone each numeral is one token too
+    assert all(len(merged.encode(n, add_special_tokens=False).ids) == 1 for n in NUMERALS)
+    with pytest.raises(UserError, match="needs at least 1372"):
+        train_llama_style(texts[0], 1024, tmp_path, numerals=True)
+    with pytest.raises(UserError, match=r"too few for all numerals.*raise config.student.vocab_size"):
+        pairs = [
+            " ".join(a + b for b in ascii_lowercase) for a in ascii_lowercase
+        ]  # merges of the text that come first
+        train_llama_style(pairs * 600, 1800, tmp_path, numerals=True)
 
 
 @pytest.mark.parametrize("train, size", [(train_gemma_style, 1536), (train_llama_style, 1024)])

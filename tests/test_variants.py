@@ -1,6 +1,5 @@
 """Variants of the objective: what an override may be, which folders a change of the config touches, the ladder."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -184,9 +183,31 @@ def test_a_rung_is_set_from_the_command_line_and_the_others_stay():
 
 
 def test_an_unknown_argument_names_those_that_there_are():
-    with pytest.raises(UserError, match=r"no recipe 'ablatoin'.*none, or ablation \(did you mean 'ablation'\?\)") as e:
+    known = r"no recipe 'ablatoin'.*none, or ablation, objectives, numbers, .* \(did you mean 'ablation'\?\)"
+    with pytest.raises(UserError, match=known) as e:
         load(":ablatoin")
     assert "\n" not in str(e.value) and "UserError" not in str(e.value)
+    with pytest.raises(UserError, match="no recipe 'nubmers'.*did you mean 'numbers'"):
+        load(":objectives,nubmers")
+    with pytest.raises(UserError, match="ablation and objectives.*choose one"):
+        load(":objectives,ablation")
+
+
+def test_arguments_combine_in_any_order_and_numbers_changes_text_and_vocabulary():
+    plain, numbers, both = load(), load(":numbers"), load(":numbers,objectives")
+    differing = {k for k, v in flatten(numbers).items() if flatten(plain)[k] != v}
+    assert differing == {"data.corpus", "student.numerals", "student.vocab_size", "workdir"}
+    assert numbers.data.corpus == "frequencies"
+    assert both.to_dict() == load(":objectives,numbers").to_dict() and both.workdir == "work/objectives_numbers"
+    assert both.data.corpus == "frequencies" and both.runs == load(":objectives").runs
+
+
+def test_every_rival_changes_the_objective_and_is_trained():
+    config = load(":objectives")
+    assert set(config.runs) == {"control", "distilled", *config.variants} and len(config.variants) > 1
+    objectives = [flatten(variants.applied(config, run).objective) for run in variants.taught(config.runs)]
+    assert len({tuple(sorted(o.items())) for o in objectives}) == len(objectives)
+    Workdir(config)  # checks them
 
 
 def test_rungs_are_compared_with_the_untaught_the_teacher_and_the_rung_below():
@@ -235,16 +256,8 @@ def test_the_ladder_of_one_run():
     assert len(ladder_rows(alone)) == 1
 
 
-@pytest.fixture(scope="module")
-def tool():
-    """bench/ablation.py."""
-    spec = importlib.util.spec_from_file_location("ablation", PROJECT / "bench" / "ablation.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_ladder_of_several_seeds_is_one_table(tool):
+def test_the_ladder_of_several_seeds_is_one_table(bench_tool):
+    tool = bench_tool("ablation")
     results = {0: summary_of(1.7, 1.75, 0.2), 3: summary_of(1.6, 1.75, 0.3)}
     lines = tool.table(results, ["eye"]).splitlines()
     assert lines[0] == (

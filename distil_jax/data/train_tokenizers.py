@@ -35,6 +35,8 @@ LLAMA_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+NUMERALS = tuple(f"{n:0{digits}}" for digits in (1, 2, 3) for n in range(10**digits))  # 1,110
+NUMERAL_COUNT = 500  # how often each is added to the text, so that its merges come before the rare ones of the text
 CHARACTER_COVERAGE = 0.9999  # the rarest characters of the corpus are left to the byte tokens, as in SentencePiece
 
 
@@ -74,13 +76,17 @@ def train_gemma_style(texts: Iterable[str], vocab_size: int, directory: str | os
     return _save(tokenizer, directory, bos="<bos>", eos="<eos>", pad="<pad>", unk="<unk>")
 
 
-def train_llama_style(texts: Iterable[str], vocab_size: int, directory: str | os.PathLike) -> PreTrainedTokenizerFast:
+def train_llama_style(
+    texts: Iterable[str], vocab_size: int, directory: str | os.PathLike, *, numerals: bool = False
+) -> PreTrainedTokenizerFast:
     """Trains on `texts` and saves a tokenizer of exactly `vocab_size` ids in `directory`.
+
+    numerals: every group of up to three digits becomes a token, as in Llama 3; otherwise those that the text has often.
 
     Ids: the 256 bytes, merges, then <|begin_of_text|>, <|end_of_text|>, <|start_header_id|>, <|end_header_id|> and
     <|eot_id|>. Llama has no padding token; <|end_of_text|> serves. Raises UserError as `train_gemma_style` does.
     """
-    fewest = 256 + len(LLAMA_CONTROL) + 1
+    fewest = 256 + len(LLAMA_CONTROL) + 1 + numerals * len(NUMERALS)
     if vocab_size < fewest:
         raise UserError(f"a Llama-style vocabulary needs at least {fewest} ids; got {vocab_size}")
     pre_tokenizer = pre_tokenizers.Sequence(
@@ -92,9 +98,17 @@ def train_llama_style(texts: Iterable[str], vocab_size: int, directory: str | os
     learned = Tokenizer(models.BPE())
     learned.pre_tokenizer = pre_tokenizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    pieces, merges = _learn(learned, _corpus(texts), vocab_size - len(LLAMA_CONTROL), initial_alphabet=alphabet)
+    texts = _corpus(texts)
+    if numerals:
+        texts += [numeral for numeral in NUMERALS for _ in range(NUMERAL_COUNT)]
+    pieces, merges = _learn(learned, texts, vocab_size - len(LLAMA_CONTROL), initial_alphabet=alphabet)
     _require_size("Llama", len(pieces) + len(LLAMA_CONTROL), vocab_size)
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    if numerals and (missing := [numeral for numeral in NUMERALS if numeral not in vocabulary]):
+        raise UserError(
+            f"{vocab_size} ids are too few for all numerals beside this text: {len(missing)} of {len(NUMERALS)} are "
+            "missing; raise config.student.vocab_size or set config.student.numerals to False"
+        )
     # As tiktoken does for Llama 3, a piece that is a token whole is taken whole, before any merge.
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizer
