@@ -53,8 +53,10 @@ h3 {{ white-space: pre-wrap; font-size: 15px; margin-bottom: .2rem }}
 <p>Research only: nothing here has been evaluated for clinical use.</p>
 <h2>Curves</h2>
 {curves(config, work)}
-<h2>Alignment</h2>
+<h2>Alignment and the vocabulary projection</h2>
 <p>Supervised student tokens of the test split by role: {e(by_role)}.</p>
+<p>How much of what the teacher says about the next token survives the projection, and where the rest is lost.</p>
+{information(work.require("projection"))}
 <h2>Answers to held-out questions</h2>
 {"".join(told)}
 <h2>Facts</h2>
@@ -84,11 +86,7 @@ def ladder(config: ConfigDict, summary: dict[str, Any]) -> str:
 
 def curves(config: ConfigDict, work: Workdir) -> str:
     """Held-out bits per byte, cross-entropy and KL over the steps of every run, as SVG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     runs = (("teacher",) if work.teacher_is_trained() else ()) + tuple(config.runs)
     metrics = {run: read_metrics(work / run / "metrics.jsonl") for run in runs}
     look = looks(runs)
@@ -107,9 +105,46 @@ def curves(config: ConfigDict, work: Workdir) -> str:
         axis.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()  # every run has this curve
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(runs), 8), frameon=False)
+    return _svg(figure)
+
+
+def information(found: dict[str, Any]) -> str:
+    """IP_KL by class of token with its intervals, the controls, and the parts that are lost, as SVG."""
+    pyplot = _pyplot()
+    fitted = found["fitted"]
+    classes = {"all": fitted} | fitted["by_class"]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(15, 3.8), constrained_layout=True)
+    for shift, key, label in ((-0.2, "ip_kl", "fitted W"), (0.2, "ip_kl_pieces", "with all pieces of a token")):
+        values = [of[key] for of in classes.values()]
+        around = [[abs(of[key] - of[f"{key}_interval"][end]) for of in classes.values()] for end in (0, 1)]
+        left.bar([n + shift for n in range(len(classes))], values, 0.38, yerr=around, label=label)
+    for key, style, value in (
+        ("shuffled W", "--", found["shuffled"]["ip_kl"]),
+        ("sorted match", ":", found["sorted_match"]["ip_kl"]),
+    ):
+        left.axhline(value, linestyle=style, color="#7f7f7f", label=key)
+    left.set(title="information preserved at shared boundaries (IP_KL), 95 %", ylim=(0, 1.05))
+    left.set_xticks(range(len(classes)), [f"{name}\n{of['positions']:,}" for name, of in classes.items()])
+    left.legend(frameon=False, fontsize=8, loc="lower right")
+    parts = {"first pieces alone": "projected", "with all pieces": "pieces", "64 likeliest teacher tokens": "tail"}
+    right.barh(list(parts), [fitted["lost"][key] for key in parts.values()])
+    right.set(title="share of the information that is lost")
+    return _svg(figure)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _svg(figure: Any) -> str:
     out = io.StringIO()
     figure.savefig(out, format="svg")
-    pyplot.close(figure)
+    _pyplot().close(figure)
     return out.getvalue()[out.getvalue().index("<svg") :]
 
 

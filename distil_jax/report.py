@@ -55,7 +55,8 @@ def summarise(config: ConfigDict, work: Workdir) -> dict[str, Any]:
     against = next(d for d in (f"control - {run}", f"student_before - {run}") if d in differences)
     low, high = differences[against]["interval"]
     seconds = {name: done[name]["seconds"] for name in done}
-    fitted = done["projection"]["fitted"]
+    whole = ("by_class", "by_specialty")  # stay in projection/manifest.json
+    fitted, built = ({k: v for k, v in done["projection"][of].items() if k not in whole} for of in ("fitted", "built"))
     summary: dict[str, Any] = {name: measures for name, measures in models.items() if name not in config.variants}
     summary["variants"] = {name: models[name] for name in config.runs if name in config.variants}
     summary["runs"] = list(config.runs)
@@ -65,7 +66,7 @@ def summarise(config: ConfigDict, work: Workdir) -> dict[str, Any]:
     }
     summary["differences"] = differences
     summary["token_accuracy_retained"] = models[run]["token_accuracy"] / max(models["teacher"]["token_accuracy"], 1e-9)
-    summary["projection"] = fitted | {"built": done["projection"]["built"], "fit": done["projection"]["fit"]}
+    summary["projection"] = fitted | {"built": built} | {k: done["projection"][k] for k in ("fit", "gain")}
     summary["alignment"] = done["corpus"]["alignment"]["test"]
     summary["export"] = done["export"]["path"]
     summary["seconds"] = seconds | {"total": round(sum(seconds.values()), 2)}
