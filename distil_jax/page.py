@@ -125,8 +125,8 @@ def information(found: dict[str, Any]) -> str:
         left.axhline(value, linestyle=style, color="#7f7f7f", label=key)
     left.set(title="information preserved at shared boundaries (IP_KL), 95 %", ylim=(0, 1.05))
     left.set_xticks(range(len(classes)), [f"{name}\n{of['positions']:,}" for name, of in classes.items()])
-    left.legend(frameon=False, fontsize=8, loc="lower right")
-    parts = {"first pieces alone": "projected", "with all pieces": "pieces", "64 likeliest teacher tokens": "tail"}
+    left.legend(framealpha=0.9, fontsize=8, loc="lower right")
+    parts = {"W at boundaries": "projected", "with all pieces": "pieces", "64 likeliest teacher tokens": "tail"}
     right.barh(list(parts), [fitted["lost"][key] for key in parts.values()])
     right.set(title="share of the information that is lost")
     return _svg(figure)
