@@ -1,0 +1,376 @@
+"""The rival objectives against float64 references that walk over documents and positions one by one."""
+
+import copy
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from distil_jax import sharding
+from distil_jax.data.train_tokenizers import train_gemma_style, train_llama_style
+from distil_jax.losses.rivals import RIVALS, Sides, alm, divergence, gold, positions, uld, vocabularies, xtoken
+from distil_jax.losses.rivals.stream import stream, token_log_probs
+from distil_jax.tokens.bytes import ByteTable
+from distil_jax.tokens.pack import make_example, pack
+
+SYLLABLES = ("hy", "per", "ten", "sion", "car", "dio", "myo", "pathy", "neph", "ro", "sis", "macro", "cephaly", "a")
+TEXTS = [
+    f"Question: What is {''.join(SYLLABLES[i * k % 14] for k in (1, 3, 5, 9))}?\nAnswer: A rare abnormality of the "
+    f"{part} seen in {i * 37 % 211} patients, 0.25 mg  twice daily."
+    for i in range(300)
+    for part in ("kidney", "retina", "cerebellum")
+]
+DOCUMENTS = [
+    ("What is hypertension?", " 140 of 211 patients,\n  0.25 mg Δ😀."),
+    ("Dose:", " 100 mg twice daily; cardiomyopathy 99.5 %"),
+    ("é", "the kidney  and 2024"),
+]
+D, DT, EXTRA = 5, 6, 3
+TAU = 1.7
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizers")
+    train_gemma_style(TEXTS, 460, folder / "teacher")
+    train_llama_style(TEXTS, 420, folder / "student")
+    return {side: ByteTable.from_tokenizer(folder / side) for side in ("teacher", "student")}
+
+
+@pytest.fixture(scope="module")
+def case(tables):
+    """Packed rows of real tokenizations, random states, heads with rows that are no tokens, and where documents lie."""
+    examples = [make_example(*d, **tables, document=n) for n, d in enumerate(DOCUMENTS)]
+    rows = pack(examples, 72, 96).rows
+    r = np.random.default_rng(0)
+    Vs, Vt = tables["student"].vocab_size, tables["teacher"].vocab_size
+    B, Ls = rows["student_tokens"].shape
+    Lt = rows["teacher_tokens"].shape[1]
+    arrays = {
+        "hidden": r.normal(size=(B, Ls, D)),
+        "U": r.normal(size=(Vs + EXTRA, D)),
+        "teacher_hidden": r.normal(size=(B, Lt, DT)),
+        "Ut": r.normal(size=(Vt + EXTRA, DT)),
+    }
+    arrays = {name: np.float32(x).astype(np.float64) for name, x in arrays.items()}
+    return {"examples": examples, "batch": rows, **arrays}
+
+
+def sides(c):
+    return Sides(*(jnp.float32(c[name]) for name in ("hidden", "U", "teacher_hidden", "Ut")))
+
+
+def parameters(kind, tables):
+    """What a rival learns, away from where it starts."""
+    if RIVALS[kind].start is None:
+        return None
+    r = np.random.default_rng(5)
+    Vs, Vt = tables["student"].vocab_size, tables["teacher"].vocab_size
+    start = RIVALS[kind].start(jax.random.key(0), Vt + EXTRA, r.dirichlet(np.ones(Vs)), 4)
+    return {name: x + 0.3 * r.normal(size=x.shape).astype(np.float32) for name, x in start.items()}
+
+
+def value_of(kind, c, tables, *, block=7, mesh=None, through=False):
+    """The weighted sum of D and what makes it: one number to differentiate."""
+    rival, static = RIVALS[kind], RIVALS[kind].tables(tables["teacher"], tables["student"])
+    batch = {name: jnp.asarray(x) for name, x in c["batch"].items()}
+    w = jnp.float32(weights(c))
+    options = {"through": True} if through else {}
+
+    def value(s, learned):
+        told = divergence(
+            rival, static, learned, s, batch, jnp.float32(TAU), text_vocab=tables["student"].vocab_size, block=block,
+            mesh=mesh, **options,
+        )  # fmt: skip
+        own = 0 if told.own_BxL is None else jnp.sum(w * told.own_BxL)
+        return jnp.sum(w * told.divergence_BxL), (told, rival.taught(static, batch), own)
+
+    return value
+
+
+def weights(c):
+    return np.random.default_rng(9).uniform(0.5, 2, c["batch"]["role"].shape).astype(np.float32).astype(np.float64)
+
+
+# ---- the reference ----------------------------------------------------------------------------------------------
+
+
+def softmax(z):
+    e = np.exp(z - z.max())
+    return e / e.sum()
+
+
+class Reference:
+    """Everything a rival needs, in float64 and Python loops, from the bytes and the documents alone."""
+
+    def __init__(self, c, tables, tau=TAU):
+        self.c, self.tau = c, tau
+        self.student, self.teacher = tables["student"], tables["teacher"]
+        self.Vs, self.Vt = self.student.vocab_size, self.teacher.vocab_size
+        self.sb = [self.student.token_bytes(i) for i in range(self.Vs)]
+        self.tb = [self.teacher.token_bytes(i) for i in range(self.Vt)]
+        shared = [(self.teacher.roles[r], self.student.roles[r]) for r in self.teacher.roles if r in self.student.roles]
+        self.role = dict(shared)
+        self.mapped = np.array([bool(b) or i in self.role for i, b in enumerate(self.tb)])
+        self.documents = [self._document(r, segment) for r, segment in self._segments()]
+
+    def moved(self, **arrays):
+        """The same with other states or another head."""
+        there = copy.copy(self)
+        there.c = self.c | arrays
+        return there
+
+    def _segments(self):
+        ids = self.c["batch"]["student_segment_ids"]
+        return [(r, s) for r in range(len(ids)) for s in range(1, ids[r].max() + 1)]
+
+    def _document(self, row, segment):
+        """(row, first positions of both sides, the example, its groups as index lists, its roots as index pairs)."""
+        b = self.c["batch"]
+        at = int(np.flatnonzero(b["student_segment_ids"][row] == segment)[0])
+        teacher_at = int(np.flatnonzero(b["teacher_segment_ids"][row] == segment)[0])
+        e = self.c["examples"][b["document"][row, at]]
+        s, t = e["student_tokens"].tolist(), e["teacher_tokens"].tolist()
+        assert s[0] == self.student.roles["bos"] and t[0] == self.teacher.roles["bos"]
+        assert s[-1] == self.student.roles["eos"] and t[-1] == self.teacher.roles["eos"]
+        ends = np.cumsum([0, *(len(self.sb[i]) for i in s[1:-1])]).tolist()
+        teacher_ends = np.cumsum([0, *(len(self.tb[i]) for i in t[1:-1])]).tolist()
+        groups, roots = [], []
+        cuts = sorted(set(ends) & set(teacher_ends))
+        for low, high in zip(cuts[:-1], cuts[1:], strict=True):
+            groups.append(
+                (
+                    [i + 1 for i in range(len(ends) - 1) if low <= ends[i] < high],
+                    [j + 1 for j in range(len(teacher_ends) - 1) if low <= teacher_ends[j] < high],
+                )
+            )
+        groups.append(([len(s) - 1], [len(t) - 1]))
+        for i in range(1, len(s) - 1):
+            for j in range(1, len(t) - 1):
+                if ends[i - 1] == teacher_ends[j - 1] and ends[i] <= teacher_ends[j]:
+                    roots.append((i, j))
+        roots.append((len(s) - 1, len(t) - 1))
+        on = e["student_supervised"]
+        groups = [g for g in groups if all(on[i] for i in g[0])]
+        return row, at, teacher_at, s, t, groups, [x for x in roots if on[x[0]]]
+
+    def s(self, row, p, tau=None):
+        return softmax(self.c["U"][: self.Vs] @ self.c["hidden"][row, p] / (tau or self.tau))
+
+    def q(self, row, p, tau=None, known=None):
+        known = self.mapped if known is None else known
+        z = self.c["Ut"][: self.Vt] @ self.c["teacher_hidden"][row, p] / (tau or self.tau)
+        out = np.zeros(self.Vt)
+        out[known] = softmax(z[known])
+        return out
+
+    @functools.cached_property
+    def matched(self):
+        """{teacher id: student id}."""
+        eos = self.teacher.roles["eos"]
+        pairs = {}
+        for t, s in sorted(self.role.items(), key=lambda x: x[0] != eos):
+            if s not in pairs.values():
+                pairs[t] = s
+        by_bytes = {}
+        for t, piece in enumerate(self.tb):
+            if piece and self.teacher.id_of(piece) == t:
+                by_bytes[piece] = t
+        for s, piece in enumerate(self.sb):
+            if piece in by_bytes and piece and self.student.id_of(piece) == s:
+                pairs[by_bytes[piece]] = s
+        return pairs
+
+    def pieces(self, s):
+        """The student token as at most four teacher tokens."""
+        if not self.sb[s]:
+            return [t for t, own in self.role.items() if own == s][-1:]
+        own = self.teacher.id_of(self.sb[s])
+        if own is not None:
+            return [own]
+        try:
+            return self.teacher.encode(self.sb[s].decode()).tolist()[:4]
+        except UnicodeDecodeError:
+            out, left = [], self.sb[s]
+            while left:
+                n = max(n for n in range(1, len(left) + 1) if self.teacher.id_of(left[:n]) is not None)
+                out.append(self.teacher.id_of(left[:n]))
+                left = left[n:]
+            return out[:4]
+
+    @functools.cached_property
+    def W(self):
+        W = np.zeros((self.Vt, self.Vs))
+        for s in range(self.Vs):
+            ids = self.pieces(s)
+            total = sum(0.9 * 0.1**i for i in range(len(ids)))
+            for i, t in enumerate(ids):
+                W[t, s] += 0.9 * 0.1**i / total
+        return W
+
+    def positions(self, kind):
+        """{(row, position): (index of the teacher's position)} of a rival that looks at single positions."""
+        out = {}
+        for row, at, teacher_at, s, t, _, roots in self.documents:
+            for i, j in roots:
+                if kind != "strict" or len(self.sb[s[i]]) == len(self.tb[t[j]]):
+                    out[row, at + i - 1] = teacher_at + j - 1
+        return out
+
+    def divergences(self, kind, learned=None):
+        """D at every position, [B, L]; a group's or chunk's dealt out to its positions."""
+        out = np.zeros(self.c["batch"]["role"].shape)
+        if kind == "gold":
+            for row, at, teacher_at, s, t, groups, _ in self.documents:
+                for ours, theirs in groups:
+                    out[row, [at + i - 1 for i in ours]] = self.gold(row, at, teacher_at, s, t, ours, theirs) / len(
+                        ours
+                    )
+        elif kind == "alm":
+            for document in self.documents:
+                self.alm(out, *document)
+        else:
+            for (row, p), j in self.positions(kind).items():
+                out[row, p] = getattr(self, kind)(row, p, j, learned)
+        return out
+
+    def strict(self, row, p, j, _):
+        q, s, pairs = self.q(row, j), self.s(row, p), self.matched
+        top = [t for t in np.argsort(-q)[:16] if t in pairs]
+        total = sum(q[t] * np.log(q[t] / s[pairs[t]]) for t in top)
+        q_rest, s_rest = 1 - sum(q[t] for t in top), 1 - sum(s[pairs[t]] for t in top)
+        return total + q_rest * np.log(q_rest / s_rest)
+
+    def uld(self, row, p, j, _):
+        return self.l1(self.q(row, j), self.s(row, p))
+
+    @staticmethod
+    def l1(a, b):
+        n = max(len(a), len(b))
+        a, b = (np.sort(np.pad(x, (0, n - len(x))))[::-1] for x in (a, b))
+        return np.abs(a - b).sum()
+
+    def gold(self, row, at, teacher_at, s, t, ours, theirs):
+        S, Q = self.s(row, at + ours[0] - 1), self.q(row, teacher_at + theirs[0] - 1)
+        for i in ours[1:]:
+            S = S * self.s(row, at + i - 1)[s[i]]
+        for j in theirs[1:]:
+            Q = Q * self.q(row, teacher_at + j - 1)[t[j]]
+        v, u = map(list, (self.matched, self.matched.values()))
+        m = (Q[v] + S[u]) / 2
+        total = (Q[v] * np.log(Q[v] / m) + S[u] * np.log(S[u] / m)).sum() / 2
+        share = len(v) / self.mapped.sum()
+        return share * total + (1 - share) * self.l1(np.delete(Q, v), np.delete(S, u))
+
+    def xtoken_p(self, row, p, j, _):
+        q, carried = self.q(row, j), np.maximum(self.W @ self.s(row, p), 1e-10)
+        return (q[q > 0] * np.log(q[q > 0] / carried[q > 0])).sum()
+
+    @functools.cached_property
+    def pairs(self):
+        out = {}
+        for t in range(self.Vt):
+            best = [s for s in range(self.Vs) if self.W[t, s] >= 0.6 and self.pieces(s)[0] == t]
+            if best:
+                out[t] = min(best, key=lambda s: (-self.W[t, s], len(self.sb[s]), s))
+        return out
+
+    def xtoken_h(self, row, p, j, _):
+        q, s = self.q(row, j), self.s(row, p)
+        v, u = map(list, (self.pairs, self.pairs.values()))
+        return (q[v] * np.log(q[v] / s[u])).sum() + self.l1(np.delete(q, v), np.delete(s, u))
+
+    @functools.cached_property
+    def prefixes(self):
+        """{teacher id: student id}."""
+        out = {}
+        for v, piece in enumerate(self.tb):
+            u = self.role.get(v)
+            for n in range(len(piece), 0, -1):
+                u = self.student.id_of(piece[:n])
+                if u is not None:
+                    break
+            if u is not None and (piece.strip() or self.sb[u] == piece):
+                out[v] = u
+        return out
+
+    def bpm(self, row, p, j, _):
+        q, s = self.q(row, j, known=np.ones(self.Vt, bool)), self.s(row, p)
+        mass = np.zeros(self.Vs)
+        for v, u in self.prefixes.items():
+            mass[u] += q[v]
+        reached = np.isin(np.arange(self.Vs), list(self.prefixes.values()))
+        total = sum(mass[u] * np.log(mass[u] / s[u]) for u in range(self.Vs) if mass[u] > 0)
+        return total + (1 - mass.sum()) * np.log((1 - mass.sum()) / s[~reached].sum())
+
+    def mlp_distribution(self, row, j, w, tau):
+        z = self.c["Ut"] @ self.c["teacher_hidden"][row, j]
+        x = np.zeros(len(z))
+        x[: self.Vt] = np.where(self.mapped, z[: self.Vt] - z[: self.Vt][self.mapped].mean(), 0)
+        return softmax((w["W2"] @ np.maximum(w["W1"] @ x + w["b1"], 0) + w["b2"]) / tau)
+
+    def low_rank_distribution(self, row, j, w, tau):
+        B, C = (np.stack([softmax(column) for column in w[name].T], 1) for name in ("B", "C"))
+        return B @ (C[:, : self.Vt] @ self.q(row, j, tau))
+
+    def mlp(self, row, p, j, w):
+        m, s = self.mlp_distribution(row, j, w, self.tau), self.s(row, p)
+        return (m * np.log(m / s)).sum()
+
+    def low_rank(self, row, p, j, w):
+        m, s = self.low_rank_distribution(row, j, w, self.tau), self.s(row, p)
+        return (m * np.log(m / s)).sum()
+
+    def alm(self, out, row, at, teacher_at, s, t, groups, _):
+        """Chunks of one document, by the definition in alm.py."""
+        begins = lambda bytes_of, known: np.array(
+            [known[i] and b[:1] in b" \t\n\r\x0b\x0c" for i, b in enumerate(bytes_of)]
+        )  # noqa: E731, E501
+        student_begins, teacher_begins = begins(self.sb, np.ones(self.Vs, bool)), begins(self.tb, self.mapped)
+        chunk = [[], []]
+        for n, (ours, theirs) in enumerate(groups):
+            chunk = [chunk[0] + ours, chunk[1] + theirs]
+            after = self.q(row, teacher_at + theirs[-1], 1.0)[teacher_begins].sum()
+            following = n + 1 < len(groups) and groups[n + 1][0][0] == ours[-1] + 1
+            if after < 0.1 and following:
+                continue
+            log_q = sum(np.log(self.q(row, teacher_at + j - 1, 1.0)[t[j]]) for j in chunk[1]) + np.log(after)
+            log_s = sum(np.log(self.s(row, at + i - 1, 1.0)[s[i]]) for i in chunk[0])
+            log_s += np.log(self.s(row, at + chunk[0][-1], 1.0)[student_begins].sum())
+            q, p = np.exp(log_q / 100 - 1e-6), np.exp(log_s / 100 - 1e-6)
+            D = 100 * (q * np.log(q / p) + (1 - q) * np.log((1 - q) / (1 - p)))
+            out[row, [at + i - 1 for i in chunk[0]]] = D / len(chunk[0])
+            chunk = [[], []]
+
+
+# ---- values and gradients ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", RIVALS)
+def test_values_and_gradients_are_those_of_the_reference(kind, case, tables):
+    learned = parameters(kind, tables)
+    value = value_of(kind, case, tables)
+    (_, (told, taught, _)), gradient = jax.jit(jax.value_and_grad(value, has_aux=True))(sides(case), learned)
+    as_float64 = None if learned is None else {n: np.asarray(x, np.float64) for n, x in learned.items()}
+    reference = Reference(case, tables)
+    expected = reference.divergences(kind, as_float64)
+    assert (expected != 0).sum() > 20
+    np.testing.assert_array_equal(taught, expected != 0)
+    np.testing.assert_allclose(told.divergence_BxL, expected, rtol=1e-5, atol=1e-6)
+
+    # Along random directions of the states and of the head; nothing flows into the teacher.
+    assert not np.any(gradient.teacher_hidden_BxLtxDt) and not np.any(gradient.teacher_unembedding_VtxDt)
+    r, w, e = np.random.default_rng(3), weights(case), 1e-5
+    slopes = {"hidden": gradient.hidden_BxLsxD, "U": gradient.unembedding_VsxD}
+    assert not np.any(slopes["U"][-EXTRA:])
+    for name, slope in slopes.items():
+        slope = np.asarray(slope, np.float64)
+        direction = r.normal(size=slope.shape)
+        direction += np.sign((direction * slope).sum()) * slope * np.sqrt(slope.size) / np.linalg.norm(slope)
+        ends = []
+        for sign in (1, -1):
+            there = reference.moved(**{name: case[name] + sign * e * direction})
+            ends.append((w * there.divergences(kind, as_float64)).sum())
+        assert (slope * direction).sum() == pytest.approx((ends[0] - ends[1]) / (2 * e), rel=1e-5)
