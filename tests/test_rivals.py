@@ -6,19 +6,26 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from ml_collections import ConfigDict
 
-from distil_jax import sharding
+from distil_jax import recipe, sharding
+from distil_jax.config import load_config_file
 from distil_jax.data.train_tokenizers import train_gemma_style, train_llama_style
-from distil_jax.losses.rivals import RIVALS, Sides, alm, divergence, gold, positions, uld, vocabularies, xtoken
-from distil_jax.losses.rivals.stream import stream, token_log_probs
+from distil_jax.errors import UserError
+from distil_jax.losses.rivals import RIVALS, Sides, alm, divergence, gold, learned, positions, uld, vocabularies, xtoken
+from distil_jax.losses.schedules import schedule
+from distil_jax.models import hub
+from distil_jax.objective import Frozen, Loss, Objective
+from distil_jax.step import init_state, make_optimizer, make_step
 from distil_jax.tokens.bytes import ByteTable
 from distil_jax.tokens.pack import make_example, pack
 
 SYLLABLES = ("hy", "per", "ten", "sion", "car", "dio", "myo", "pathy", "neph", "ro", "sis", "macro", "cephaly", "a")
 TEXTS = [
     f"Question: What is {''.join(SYLLABLES[i * k % 14] for k in (1, 3, 5, 9))}?\nAnswer: A rare abnormality of the "
-    f"{part} seen in {i * 37 % 211} patients, 0.25 mg  twice daily."
+    f"{part} seen in {i * 37 % 211} patients, 140 to 211, 0.25 mg  twice daily."
     for i in range(300)
     for part in ("kidney", "retina", "cerebellum")
 ]
@@ -29,6 +36,14 @@ DOCUMENTS = [
 ]
 D, DT, EXTRA = 5, 6, 3
 TAU = 1.7
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quickly_compiled():
+    """Compiling takes nearly all of the time here, and the numbers do not depend on how hard XLA tries."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -72,17 +87,16 @@ def parameters(kind, tables):
     return {name: x + 0.3 * r.normal(size=x.shape).astype(np.float32) for name, x in start.items()}
 
 
-def value_of(kind, c, tables, *, block=7, mesh=None, through=False):
+def value_of(kind, c, tables, *, block=7, mesh=None):
     """The weighted sum of D and what makes it: one number to differentiate."""
     rival, static = RIVALS[kind], RIVALS[kind].tables(tables["teacher"], tables["student"])
     batch = {name: jnp.asarray(x) for name, x in c["batch"].items()}
     w = jnp.float32(weights(c))
-    options = {"through": True} if through else {}
 
     def value(s, learned):
         told = divergence(
             rival, static, learned, s, batch, jnp.float32(TAU), text_vocab=tables["student"].vocab_size, block=block,
-            mesh=mesh, **options,
+            mesh=mesh,
         )  # fmt: skip
         own = 0 if told.own_BxL is None else jnp.sum(w * told.own_BxL)
         return jnp.sum(w * told.divergence_BxL), (told, rival.taught(static, batch), own)
@@ -325,10 +339,9 @@ class Reference:
 
     def alm(self, out, row, at, teacher_at, s, t, groups, _):
         """Chunks of one document, by the definition in alm.py."""
-        begins = lambda bytes_of, known: np.array(
-            [known[i] and b[:1] in b" \t\n\r\x0b\x0c" for i, b in enumerate(bytes_of)]
-        )  # noqa: E731, E501
-        student_begins, teacher_begins = begins(self.sb, np.ones(self.Vs, bool)), begins(self.tb, self.mapped)
+        space = b" \t\n\r\x0b\x0c"  # b"" of a control token is in it too
+        student_begins = np.array([piece[:1] in space for piece in self.sb])
+        teacher_begins = np.array([piece[:1] in space for piece in self.tb]) & self.mapped
         chunk = [[], []]
         for n, (ours, theirs) in enumerate(groups):
             chunk = [chunk[0] + ours, chunk[1] + theirs]
@@ -350,10 +363,10 @@ class Reference:
 
 @pytest.mark.parametrize("kind", RIVALS)
 def test_values_and_gradients_are_those_of_the_reference(kind, case, tables):
-    learned = parameters(kind, tables)
+    parameters_ = parameters(kind, tables)
     value = value_of(kind, case, tables)
-    (_, (told, taught, _)), gradient = jax.jit(jax.value_and_grad(value, has_aux=True))(sides(case), learned)
-    as_float64 = None if learned is None else {n: np.asarray(x, np.float64) for n, x in learned.items()}
+    (_, (told, taught, _)), gradient = jax.jit(jax.value_and_grad(value, has_aux=True))(sides(case), parameters_)
+    as_float64 = parameters_ and {n: np.asarray(x, np.float64) for n, x in parameters_.items()}
     reference = Reference(case, tables)
     expected = reference.divergences(kind, as_float64)
     assert (expected != 0).sum() > 20
@@ -362,7 +375,7 @@ def test_values_and_gradients_are_those_of_the_reference(kind, case, tables):
 
     # Along random directions of the states and of the head; nothing flows into the teacher.
     assert not np.any(gradient.teacher_hidden_BxLtxDt) and not np.any(gradient.teacher_unembedding_VtxDt)
-    r, w, e = np.random.default_rng(3), weights(case), 1e-5
+    r, w, e = np.random.default_rng(3), weights(case), 1e-7  # small: sorted masses have kinks everywhere
     slopes = {"hidden": gradient.hidden_BxLsxD, "U": gradient.unembedding_VsxD}
     assert not np.any(slopes["U"][-EXTRA:])
     for name, slope in slopes.items():
@@ -374,3 +387,228 @@ def test_values_and_gradients_are_those_of_the_reference(kind, case, tables):
             there = reference.moved(**{name: case[name] + sign * e * direction})
             ends.append((w * there.divergences(kind, as_float64)).sum())
         assert (slope * direction).sum() == pytest.approx((ends[0] - ends[1]) / (2 * e), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gold", "alm"])
+def test_blocks_and_a_mesh_change_nothing(kind, case, tables):
+    """Seven positions at a time leave a short block; a mesh takes each row to a device of its own."""
+    mesh = sharding.make_mesh(2, 1, 1, jax.devices()[:2])
+    results = [
+        jax.jit(jax.value_and_grad(value_of(kind, case, tables, **options), has_aux=True))(sides(case), None)
+        for options in ({}, {"block": 1000, "mesh": mesh})
+    ]
+    for a, b in zip(*(jax.tree.leaves(r) for r in results), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+
+
+def test_a_model_that_is_its_own_teacher_differs_from_itself_in_nothing(tables):
+    """With one tokenizer whose tokens all count on both sides, whatever the objective."""
+    table = tables["student"]
+    assert vocabularies.mapped(table, table).all()
+    examples = [make_example(*d, table, table, document=n) for n, d in enumerate(DOCUMENTS)]
+    batch = {name: jnp.asarray(x) for name, x in pack(examples, 72, 72).rows.items()}
+    r = np.random.default_rng(1)
+    hidden = jnp.float32(r.normal(size=(*batch["role"].shape, D)))
+    head = jnp.float32(r.normal(size=(table.vocab_size, D)))
+
+    def all_of(hidden, head):
+        same = Sides(hidden, head, hidden, head)
+        kinds = [kind for kind in RIVALS if RIVALS[kind].start is None]
+        return {
+            kind: divergence(
+                RIVALS[kind], RIVALS[kind].tables(table, table), None, same, batch, jnp.float32(TAU),
+                text_vocab=table.vocab_size, block=64,
+            ).divergence_BxL
+            for kind in kinds
+        }  # fmt: skip
+
+    for kind, D_BxL in jax.jit(all_of)(hidden, head).items():
+        np.testing.assert_allclose(D_BxL, 0, atol=2e-5, err_msg=kind)
+
+
+# ---- small cases by hand ----------------------------------------------------------------------------------------
+
+
+def test_sorted_masses():
+    a, b = jnp.float32([[0.1], [0.6], [0.3]]), jnp.float32([[0.2], [0.4], [0.1], [0.3]])
+    expected = abs(0.6 - 0.4) + abs(0.3 - 0.3) + abs(0.1 - 0.2) + 0.1
+    assert float(uld.sorted_l1(a, b)[0]) == pytest.approx(expected)
+    assert float(uld.sorted_l1(b, a)[0]) == pytest.approx(expected)
+
+
+def test_jsd_of_masses_that_do_not_sum_to_one():
+    q, s = jnp.float32([[0.5], [0.0]]), jnp.float32([[0.25], [0.25]])
+    expected = (0.5 * np.log(0.5 / 0.375) + 0.25 * np.log(0.25 / 0.375) + 0.25 * np.log(2)) / 2
+    assert float(gold.jsd(q, s)[0]) == pytest.approx(expected)
+    slope = jax.grad(lambda s: gold.jsd(q, s)[0])(jnp.zeros((2, 1)))
+    assert np.isfinite(slope).all()
+
+
+def test_the_divergence_of_a_chunk_goes_to_that_of_its_log_likelihoods():
+    """T KL of the two Bernoullis -> a log(a / b) - a + b."""
+    a, b = 2.0, 3.0
+    value = float(alm.binary_kl(jnp.float32([[-a]]), jnp.float32([[-b]]))[0, 0])
+    assert value == pytest.approx(a * np.log(a / b) - a + b, rel=0.02)
+    assert float(alm.binary_kl(jnp.float32([[-a]]), jnp.float32([[-a]]))[0, 0]) == 0
+
+
+def test_a_chunk_goes_on_where_the_teacher_would_go_on_with_the_word():
+    groups = positions.Groups(
+        student_BxLs=jnp.int32([[0, 2, 2, 3, 4, 0, 6, 0]]),
+        teacher_BxLt=jnp.int32([[2, 3, 3, 4, 0, 0, 6, 0]]),
+        size_BxG=jnp.ones((1, 8), jnp.int32),
+        valid_BxG=jnp.array([[False, False, True, True, True, False, True, False]]),
+    )
+    likely = jnp.log(jnp.float32([[0.05, 0.9, 0.5, 0.01, 0.9, 0.9, 0.01, 0.9]]))  # behind each token of the teacher
+    # Group 2 goes on into 3, which ends; 4 ends because 5 is not compared, 6 likewise.
+    np.testing.assert_array_equal(alm.chunks(groups, likely), [[0, 0, 1, 1, 2, 0, 3, 0]])
+
+
+def test_a_numeral_is_its_digits_in_the_teachers_vocabulary(tables):
+    teacher, student = tables["teacher"], tables["student"]
+    numeral = student.id_of(b"140")
+    assert teacher.id_of(b"140") is None
+    digits = [teacher.id_of(digit) for digit in (b"1", b"4", b"0")]
+    teacher_ids, student_ids, weights = xtoken.entries(teacher, student)
+    here = student_ids == numeral
+    assert teacher_ids[here].tolist() == digits
+    np.testing.assert_allclose(weights[here], np.array([0.9, 0.09, 0.009]) / 0.999)
+    np.testing.assert_allclose(np.bincount(student_ids, weights)[student.is_text], 1)
+
+
+def test_matched_tokens_have_the_same_bytes_or_role_one_to_one(tables):
+    teacher, student = tables["teacher"], tables["student"]
+    teacher_ids, student_ids = vocabularies.matched(teacher, student)
+    assert len(set(teacher_ids.tolist())) == len(set(student_ids.tolist())) == len(teacher_ids)
+    for t, s in zip(teacher_ids.tolist(), student_ids.tolist(), strict=True):
+        assert teacher.token_bytes(t) == student.token_bytes(s)
+    assert teacher.roles["eos"] in teacher_ids and student.roles["eos"] in student_ids
+    bytes_of = lambda table: {table.token_bytes(i) for i in np.flatnonzero(table.is_text).tolist()}  # noqa: E731
+    assert (teacher.lengths[teacher_ids] > 0).sum() == len(bytes_of(teacher) & bytes_of(student))
+
+
+@pytest.mark.parametrize("kind", ["mlp", "low_rank"])
+def test_a_map_starts_at_the_unigram_and_learns_from_text_or_through_the_divergence(kind, case, tables):
+    rival = RIVALS[kind]
+    unigram = np.random.default_rng(2).dirichlet(np.ones(tables["student"].vocab_size))
+    start = rival.start(jax.random.key(0), tables["teacher"].vocab_size + EXTRA, unigram, 4)
+    t = jnp.float32(np.random.default_rng(3).normal(size=(tables["teacher"].vocab_size + EXTRA, 2)))
+    of = {"mlp": learned.mlp, "low_rank": learned.low_rank}[kind]
+    p = jnp.exp(of(start, t, jnp.float32(1)))
+    np.testing.assert_allclose(p.sum(0), 1, rtol=1e-5)
+    np.testing.assert_allclose(p, np.tile(unigram[:, None], 2), rtol=0.2)
+
+    value, at = value_of(kind, case, tables, block=128), parameters(kind, tables)
+    apart = jax.jacrev(lambda w: (lambda D, rest: {"divergence": D, "text": rest[2]})(*value(sides(case), w)))
+    moved = {name: any(np.any(x) for x in jax.tree.leaves(slope)) for name, slope in jax.jit(apart)(at).items()}
+    assert moved == {"divergence": False, "text": True}
+
+
+def test_a_map_that_learns_from_text_finds_what_follows():
+    """A teacher that knows the next token, in ids of its own: the map learns the student's id of each."""
+    V, N = 6, 64
+    ids = np.random.default_rng(0).integers(0, V, N)
+    to = np.array([3, 0, 5, 1, 2, 4])
+    t = 8 * jnp.float32(np.eye(V))[ids].T
+    for start, of in ((learned.start_mlp, learned.mlp), (learned.start_low_rank, learned.low_rank)):
+        w = start(jax.random.key(1), V, np.ones(V) / V, 24)
+
+        def nats(w, of=of):
+            return -jnp.mean(jnp.take_along_axis(of(w, t, jnp.float32(1)), jnp.asarray(to[ids])[None], axis=0))
+
+        optimizer = optax.adam(0.1)
+
+        def update(carry, _, nats=nats, optimizer=optimizer):
+            w, state = carry
+            change, state = optimizer.update(jax.grad(nats)(w), state)
+            return (optax.apply_updates(w, change), state), None
+
+        run = jax.jit(lambda w: jax.lax.scan(update, (w, optimizer.init(w)), None, 200)[0][0])  # noqa: B023
+        assert float(nats(w)) == pytest.approx(np.log(V), rel=0.05) and float(nats(run(w))) < 0.1
+
+
+# ---- in the loss ------------------------------------------------------------------------------------------------
+
+
+SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8}
+SIZES |= {"num_key_value_heads": 1, "tie_word_embeddings": True}
+
+
+@pytest.fixture(scope="module")
+def models(tables):
+    sizes = {side: table.vocab_size for side, table in tables.items()}
+    student = hub.model_from_config(SIZES | {"model_type": "llama", "vocab_size": sizes["student"]})
+    teacher = hub.model_from_config(
+        SIZES | {"model_type": "gemma3_text", "vocab_size": sizes["teacher"], "sliding_window": 8}
+    )
+    return student, student.init(jax.random.key(0)), teacher, teacher.init(jax.random.key(1))
+
+
+@pytest.mark.parametrize("kind", RIVALS)
+def test_one_step_of_training(kind, case, tables, models):
+    """Finite, and the loss is its formula: alpha per position, tau^2 where the kind has a temperature."""
+    student, params, teacher, teacher_params = models
+    rival = RIVALS[kind]
+    alpha, tau = (schedule("constant", x, x, 4) for x in (0.25, 2.0))
+    loss = Loss(Objective(student, teacher=teacher, alpha=alpha, temperature=tau, rival=rival, block=64))
+    frozen = Frozen(jnp.ones(1), teacher_params, rival=rival.tables(tables["teacher"], tables["student"]))
+    params = {"model": jax.tree.map(jnp.copy, params)}
+    if rival.start:
+        unigram = np.ones(tables["student"].vocab_size) / tables["student"].vocab_size
+        params["projection"] = rival.start(jax.random.key(2), teacher.config.vocab_size, unigram, 4)
+    batch = {name: jnp.asarray(x) for name, x in case["batch"].items()}
+    rate = schedule("constant", 1e-2, 1e-2, 4)
+    optimizer = make_optimizer(rate, weight_decay=0.1, clip=1.0)
+    step = make_step(loss, optimizer, rate)
+    before = jax.tree.map(np.array, params)  # copies: the state is donated
+    state, report = step(init_state(params, optimizer), frozen, batch)
+    assert int(report["skipped"]) == 0 and all(np.isfinite(x).all() for x in jax.tree.leaves(report))
+    changed = jax.tree.map(lambda a, b: bool(np.any(a != np.asarray(b))), before, state["params"])
+    assert changed["model"]["embedding"] and any(jax.tree.leaves(changed.get("projection", True)))
+    # The untaught positions keep their whole cross-entropy, the others a quarter.
+    taught = np.asarray(rival.taught(frozen.rival, batch))
+    ce = head_ce(student, before["model"], batch)
+    mask = np.asarray(batch["student_weights"]) > 0
+    expected = (np.where(taught, 0.25, 1.0) * ce * mask).sum() / mask.sum()
+    factor = 4 if rival.softened else 1
+    expected += 0.75 * factor * float(report["kl"]) * taught.sum() / mask.sum()
+    expected += float(report.get("map_nats", 0)) * taught.sum() / mask.sum()
+    assert float(report["loss"]) == pytest.approx(expected, rel=1e-5)
+    assert float(report["taught"]) == pytest.approx(taught.sum() / mask.sum())
+
+
+def head_ce(model, params, batch):
+    z = model.apply(params, batch["student_tokens"], batch["student_segment_ids"], batch["student_positions"])
+    z = np.asarray(z, np.float64)
+    z -= z.max(-1, keepdims=True)
+    log_p = z - np.log(np.exp(z).sum(-1, keepdims=True))
+    return -np.take_along_axis(log_p, np.asarray(batch["student_targets"])[..., None], -1)[..., 0]
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"kind": "goldd"}, "did you mean 'gold'"),
+        ({"kind": "uld", "top_k": 8}, "objective.top_k is 8"),
+        ({"kind": "bpm", "divergence": "jsd"}, "objective.divergence is 'jsd'"),
+        ({"kind": "gold", "learn_projection": True}, "objective.learn_projection: gold has nothing that learns"),
+        ({"map_size": 0}, "objective.map_size=0"),
+    ],
+)
+def test_settings_that_a_rival_would_not_heed_are_refused(changed, said):
+    o = ConfigDict(load_config_file("configs/tiny.py").objective.to_dict() | changed)
+    with pytest.raises(UserError, match=said):
+        recipe.rival_of(o)
+
+
+def test_a_rival_needs_the_teacher_in_memory_and_whole_vocabularies():
+    o = load_config_file("configs/tiny.py").objective
+    assert recipe.rival_of(o) is None
+    recipe.check_rival(o, "stored", sharding.make_mesh(2, 2, 2))  # the projected teacher can do both
+    o.kind = "alm"
+    assert recipe.rival_of(o) is RIVALS["alm"]
+    recipe.check_rival(o, "online", sharding.make_mesh(8, 1, 1))
+    with pytest.raises(UserError, match="teacher.scores=stored"):
+        recipe.check_rival(o, "stored", sharding.make_mesh(8, 1, 1))
+    with pytest.raises(UserError, match="mesh.fsdp"):
+        recipe.check_rival(o, "online", sharding.make_mesh(2, 4, 1))
