@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from distil_jax.errors import UserError
 from distil_jax.losses.rivals import RIVALS, Sides, alm, divergence, gold, learned, positions, uld, vocabularies, xtoken
 from distil_jax.losses.schedules import schedule
 from distil_jax.models import hub
-from distil_jax.objective import Frozen, Loss, Objective
+from distil_jax.objective import Frozen, Loss, Objective, reduce
 from distil_jax.step import init_state, make_optimizer, make_step
 from distil_jax.tokens.bytes import ByteTable
 from distil_jax.tokens.pack import make_example, pack
@@ -34,6 +35,7 @@ DOCUMENTS = [
     ("Dose:", " 100 mg twice daily; cardiomyopathy 99.5 %"),
     ("é", "the kidney  and 2024"),
 ]
+TINY = Path(__file__).resolve().parent.parent / "configs" / "tiny.py"
 D, DT, EXTRA = 5, 6, 3
 TAU = 1.7
 
@@ -389,8 +391,7 @@ def test_values_and_gradients_are_those_of_the_reference(kind, case, tables):
         assert (slope * direction).sum() == pytest.approx((ends[0] - ends[1]) / (2 * e), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["gold", "alm"])
-def test_blocks_and_a_mesh_change_nothing(kind, case, tables):
+def test_blocks_and_a_mesh_change_nothing(case, tables, kind="gold"):
     """Seven positions at a time leave a short block; a mesh takes each row to a device of its own."""
     mesh = sharding.make_mesh(2, 1, 1, jax.devices()[:2])
     results = [
@@ -530,6 +531,7 @@ def test_a_map_that_learns_from_text_finds_what_follows():
 # ---- in the loss ------------------------------------------------------------------------------------------------
 
 
+STEPS = ("gold", "alm", "mlp")
 SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8}
 SIZES |= {"num_key_value_heads": 1, "tie_word_embeddings": True}
 
@@ -541,12 +543,21 @@ def models(tables):
     teacher = hub.model_from_config(
         SIZES | {"model_type": "gemma3_text", "vocab_size": sizes["teacher"], "sliding_window": 8}
     )
-    return student, student.init(jax.random.key(0)), teacher, teacher.init(jax.random.key(1))
+    return student, jax.jit(student.init)(jax.random.key(0)), teacher, jax.jit(teacher.init)(jax.random.key(1))
 
 
-@pytest.mark.parametrize("kind", RIVALS)
-def test_one_step_of_training(kind, case, tables, models):
-    """Finite, and the loss is its formula: alpha per position, tau^2 where the kind has a temperature."""
+@pytest.fixture(scope="module")
+def cross_entropy(case, models):
+    """Of the untrained student at every position, [B, L], float64."""
+    batch = {name: jnp.asarray(x) for name, x in case["batch"].items()}
+    names = ("student_tokens", "student_segment_ids", "student_positions")
+    z = np.asarray(jax.jit(models[0].apply)(models[1], *(batch[name] for name in names)), np.float64)
+    log_p = z - np.log(np.exp(z).sum(-1, keepdims=True))
+    return -np.take_along_axis(log_p, case["batch"]["student_targets"][..., None], -1)[..., 0]
+
+
+def training(kind, case, tables, models):
+    """(the loss, its parameters, frozen, batch) of the two models with a rival between them."""
     student, params, teacher, teacher_params = models
     rival = RIVALS[kind]
     alpha, tau = (schedule("constant", x, x, 4) for x in (0.25, 2.0))
@@ -556,33 +567,40 @@ def test_one_step_of_training(kind, case, tables, models):
     if rival.start:
         unigram = np.ones(tables["student"].vocab_size) / tables["student"].vocab_size
         params["projection"] = rival.start(jax.random.key(2), teacher.config.vocab_size, unigram, 4)
-    batch = {name: jnp.asarray(x) for name, x in case["batch"].items()}
-    rate = schedule("constant", 1e-2, 1e-2, 4)
-    optimizer = make_optimizer(rate, weight_decay=0.1, clip=1.0)
-    step = make_step(loss, optimizer, rate)
-    before = jax.tree.map(np.array, params)  # copies: the state is donated
-    state, report = step(init_state(params, optimizer), frozen, batch)
-    assert int(report["skipped"]) == 0 and all(np.isfinite(x).all() for x in jax.tree.leaves(report))
-    changed = jax.tree.map(lambda a, b: bool(np.any(a != np.asarray(b))), before, state["params"])
-    assert changed["model"]["embedding"] and any(jax.tree.leaves(changed.get("projection", True)))
-    # The untaught positions keep their whole cross-entropy, the others a quarter.
-    taught = np.asarray(rival.taught(frozen.rival, batch))
-    ce = head_ce(student, before["model"], batch)
+    return loss, params, frozen, {name: jnp.asarray(x) for name, x in case["batch"].items()}
+
+
+def check_formula(value, report, rival, frozen, batch, cross_entropy):
+    """Untaught positions keep their whole cross-entropy, the others a quarter; tau^2 = 4 where a temperature counts."""
+    taught = np.asarray(jax.jit(rival.taught)(frozen.rival, batch))
     mask = np.asarray(batch["student_weights"]) > 0
-    expected = (np.where(taught, 0.25, 1.0) * ce * mask).sum() / mask.sum()
-    factor = 4 if rival.softened else 1
-    expected += 0.75 * factor * float(report["kl"]) * taught.sum() / mask.sum()
+    expected = (np.where(taught, 0.25, 1.0) * cross_entropy * mask).sum() / mask.sum()
+    expected += 0.75 * (4 if rival.softened else 1) * float(report["kl"]) * taught.sum() / mask.sum()
     expected += float(report.get("map_nats", 0)) * taught.sum() / mask.sum()
-    assert float(report["loss"]) == pytest.approx(expected, rel=1e-5)
+    assert float(value) == pytest.approx(expected, rel=1e-5)
     assert float(report["taught"]) == pytest.approx(taught.sum() / mask.sum())
 
 
-def head_ce(model, params, batch):
-    z = model.apply(params, batch["student_tokens"], batch["student_segment_ids"], batch["student_positions"])
-    z = np.asarray(z, np.float64)
-    z -= z.max(-1, keepdims=True)
-    log_p = z - np.log(np.exp(z).sum(-1, keepdims=True))
-    return -np.take_along_axis(log_p, np.asarray(batch["student_targets"])[..., None], -1)[..., 0]
+@pytest.mark.parametrize("kind", [kind for kind in RIVALS if kind not in STEPS])
+def test_the_loss_is_its_formula(kind, case, tables, models, cross_entropy):
+    loss, params, frozen, batch = training(kind, case, tables, models)
+    value, metrics = jax.jit(loss)(params, frozen, batch, jnp.int32(0))
+    check_formula(value, reduce(metrics), RIVALS[kind], frozen, batch, cross_entropy)
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_a_step_of_training_is_finite_and_moves_what_learns(kind, case, tables, models, cross_entropy):
+    """One of each sort: groups, groups without a temperature, and a map that learns beside the model."""
+    loss, params, frozen, batch = training(kind, case, tables, models)
+    rate = schedule("constant", 1e-2, 1e-2, 4)
+    optimizer = make_optimizer(rate, weight_decay=0.1, clip=1.0)
+    before = jax.tree.map(np.array, params)  # copies: the state is donated
+    begin = jax.jit(functools.partial(init_state, optimizer=optimizer))
+    state, report = make_step(loss, optimizer, rate)(begin(params), frozen, batch)
+    assert int(report["skipped"]) == 0 and all(np.isfinite(x).all() for x in jax.tree.leaves(report))
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != np.asarray(b))), before, state["params"])
+    assert moved["model"]["embedding"] and any(jax.tree.leaves(moved.get("projection", True)))
+    check_formula(report["loss"], report, RIVALS[kind], frozen, batch, cross_entropy)
 
 
 @pytest.mark.parametrize(
@@ -596,13 +614,13 @@ def head_ce(model, params, batch):
     ],
 )
 def test_settings_that_a_rival_would_not_heed_are_refused(changed, said):
-    o = ConfigDict(load_config_file("configs/tiny.py").objective.to_dict() | changed)
+    o = ConfigDict(load_config_file(str(TINY)).objective.to_dict() | changed)
     with pytest.raises(UserError, match=said):
         recipe.rival_of(o)
 
 
 def test_a_rival_needs_the_teacher_in_memory_and_whole_vocabularies():
-    o = load_config_file("configs/tiny.py").objective
+    o = load_config_file(str(TINY)).objective
     assert recipe.rival_of(o) is None
     recipe.check_rival(o, "stored", sharding.make_mesh(2, 2, 2))  # the projected teacher can do both
     o.kind = "alm"
