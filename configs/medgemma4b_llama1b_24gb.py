@@ -68,6 +68,10 @@ def get_config() -> ConfigDict:
 
     # sum_n w_n (alpha_n CE_n + (1 - alpha_n) tau^2 KL_n) / sum_n w_n + beta L_att + lambda |W - W0|^2
     c.objective = ConfigDict()
+    # How the models are compared: the teacher through W, or as docs/rivals.md has it: strict, uld, gold, xtoken_p,
+    # xtoken_h, alm, bpm, mlp, low_rank.
+    c.objective.kind = "projected"
+    c.objective.map_size = 1024  # hidden units of mlp, or rank of low_rank
     c.objective.alpha = schedule("constant", 0.5, 0.5)  # share of cross-entropy where the teacher has something to say
     c.objective.temperature = schedule("constant", 1.0, 1.0)
     c.objective.divergence = "forward"  # KL(teacher || student); also reverse, skewed_forward, skewed_reverse, jsd

@@ -122,6 +122,10 @@ def get_config(arg: str = "") -> ConfigDict:
 
     # sum_n w_n (alpha_n CE_n + (1 - alpha_n) tau^2 KL_n) / sum_n w_n + beta L_att + lambda |W - W0|^2
     c.objective = ConfigDict()
+    # How the models are compared: the teacher through W, or as docs/rivals.md has it: strict, uld, gold, xtoken_p,
+    # xtoken_h, alm, bpm, mlp, low_rank.
+    c.objective.kind = "projected"
+    c.objective.map_size = 64  # hidden units of mlp, or rank of low_rank
     c.objective.alpha = schedule("constant", 0.5, 0.5)  # share of cross-entropy where the teacher has something to say
     # The paper: schedule("exponential", 8.0, 1.0). Here every start above 1 cost bits (docs/results.md).
     c.objective.temperature = schedule("constant", 1.0, 1.0)

@@ -18,7 +18,7 @@ from distil_jax.tokens.bytes import ByteTable
 from distil_jax.workdir import Workdir
 
 LORA_DTYPES = ("float32", "bfloat16", "int8")
-SEED_OF = {"teacher": 1, "student": 2, "adapter": 3, "alignment": 4}
+SEED_OF = {"teacher": 1, "student": 2, "adapter": 3, "alignment": 4, "map": 5}
 
 
 def mesh_of(config: ConfigDict, devices: list[Any] | None = None) -> Mesh:

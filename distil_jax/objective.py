@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from distil_jax import lora
-from distil_jax.losses import attention, conditional, head, stored
+from distil_jax.losses import attention, conditional, head, rivals, stored
 from distil_jax.losses.kd import PlacedTable, ProjectionRows, ProjectionTable, row_softmax, with_weights
 from distil_jax.losses.schedules import Schedule
 from distil_jax.models.int8 import cast
@@ -40,6 +40,7 @@ class Frozen(NamedTuple):
     rows: ProjectionRows | None = None  # of W as it was before the run, where W learns
     inside: conditional.Tables | None = None  # where targets inside tokens are taught
     teacher_rows: Any = None  # kd.rows_of the teacher's head, where the vocabulary is spread; None: the head itself
+    rival: Any = None  # tables of Objective.rival
     own: Any = None  # the frozen part of the learning model's parameters (freezing.py); None: all of it learns
 
 
@@ -66,6 +67,7 @@ class Objective:
     skew: float = 0.1
     top_k: int = 0  # of the teacher's tokens, with a remainder; 0: all of them
     positions: str = "roots"  # of POSITIONS
+    rival: rivals.Rival | None = None  # compares the models in its own way, in place of the five above and W
     alignment: Alignment | None = None
     label_smoothing: float = 0.0
     keep: float = 0.0  # lambda of |W - W0|^2, where W learns
@@ -81,7 +83,7 @@ class Loss:
 
     `params` is what learns, by part. "model": parameters of the learning model, or "adapter": low-rank updates of it
     (lora.py); with `frozen.own` they make the whole model. "projection", where W learns: the logits of its rows,
-    [Vt, k]. "alignment": attention.init.
+    [Vt, k], or what a rival learns. "alignment": attention.init.
     """
 
     def __init__(self, objective: Objective):
@@ -124,6 +126,8 @@ class Loss:
             value, out = head.distill(hidden, unembedding, labels, weights, **options)
             return value, _metrics(batch, o.side, out, None, frozen)
 
+        if o.rival:
+            return self._rival(params, frozen, batch, step, totals, weights, hidden, unembedding, seen, options)
         alpha, temperature = o.alpha(step), o.temperature(step)
         taught = (self._spoken_about(batch) & (batch["student_weights"] > 0)).astype(jnp.float32)
         alpha_BxL = 1 - (1 - alpha) * taught
@@ -149,6 +153,42 @@ class Loss:
         if drift is not None:  # a piece of a batch adds its share, so that pieces add up
             value += o.keep * drift * jnp.sum(weights)
             metrics["projection_drift"] = (drift, one)
+        if o.alignment:
+            inside, more = self._alignment(params, batch, step, seen, teacher_seen)
+            value, metrics = value + inside / totals["groups"], metrics | more
+        return value, metrics
+
+    def _rival(
+        self, params: Any, frozen: Frozen, batch: Batch, step: Array, totals: dict[str, Any], weights: Array,
+        hidden: Array, unembedding: Array, seen: Any, options: dict[str, Any],
+    ) -> tuple[Array, dict[str, Any]]:  # fmt: skip
+        """The loss of a batch with a rival's divergence in place of KL to the projected teacher (losses/rivals)."""
+        o = self.objective
+        alpha, temperature = o.alpha(step), o.temperature(step)
+        taught = o.rival.taught(frozen.rival, batch).astype(jnp.float32)
+        kl_weights = weights * (1 - alpha) * taught
+        observe = [pair.teacher for pair in o.alignment.pairs] if o.alignment else ()
+        *theirs, teacher_seen = self._hidden(o.teacher, frozen.teacher, batch, "teacher", observe)
+        # Where alpha is 0 the head scores a token for its metrics alone: kl_weights say which.
+        value, out = head.distill(
+            hidden, unembedding, batch["student_targets"], weights - kl_weights, kl_weights_BxL=kl_weights, **options
+        )
+        told = rivals.divergence(
+            o.rival, frozen.rival, params.get("projection"), rivals.Sides(hidden, unembedding, *theirs), batch,
+            temperature, text_vocab=options["text_vocab"], block=o.block, mesh=o.mesh,
+        )  # fmt: skip
+        factor = temperature**2 if o.rival.softened else 1.0
+        value += jnp.sum(kl_weights * factor * told.divergence_BxL)
+        one = jnp.float32(1)
+        metrics = _metrics(batch, o.side, out, taught, frozen) | {
+            "alpha": (alpha, one),
+            "temperature": (temperature, one),
+        }
+        metrics["kl"] = (jnp.sum(told.divergence_BxL), metrics["taught"][0])
+        del metrics["kl_at_1"]  # of the projected teacher, which is not here
+        if told.own_BxL is not None:
+            value += jnp.sum(weights * told.own_BxL)
+            metrics["map_nats"] = (jnp.sum(told.own_BxL), metrics["taught"][0])
         if o.alignment:
             inside, more = self._alignment(params, batch, step, seen, teacher_seen)
             value, metrics = value + inside / totals["groups"], metrics | more

@@ -1,5 +1,6 @@
 """From a config to what a run optimises: its objective, what the loss reads, what learns beside the model."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from distil_jax.errors import UserError, nearest
 from distil_jax.losses import attention, conditional
 from distil_jax.losses.divergence import checked
 from distil_jax.losses.kd import PlacedTable, place, rows_of
+from distil_jax.losses.rivals import KINDS, RIVALS, Rival
 from distil_jax.losses.schedules import schedule
 from distil_jax.losses.vocabulary import Shards
 from distil_jax.losses.weights import dro_update, parse_weights, specialty_weights
@@ -61,13 +63,18 @@ def make(
         return Objective(model, label_smoothing=smoothing, **common), Frozen(weights)
     work.require("projection")
     projection = projection_of(work, tables)
-    learned = projection.rows() if o.learn_projection else None
+    learned = projection.rows() if o.learn_projection and o.kind == "projected" else None
     common |= teaching(o, t.steps)
     if work.scores_are_stored():
         temperatures = tuple(work.require("scores")["temperatures"])
         W = jax.device_put(projection.rows(), sharding.replicated(mesh))
         return Objective(model, scores=temperatures, **common), Frozen(weights, projection=W, rows=learned)
     teacher, teacher_params = learners.teacher(work, mesh, config.teacher.dtype)
+    alignment = alignment_of(o, model, teacher, t.steps)
+    if rival := common["rival"]:
+        known = jax.device_put(rival.tables(tables["teacher"], tables["student"]), sharding.replicated(mesh))
+        objective = Objective(model, teacher=teacher, alignment=alignment, **common)
+        return objective, Frozen(weights, teacher_params, rival=known)
     shards = Shards.of(mesh)
     table, rows = place(projection.table(), shards), None
     if shards.size > 1:
@@ -75,7 +82,7 @@ def make(
         lies = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
         table = jax.device_put(table, lies)
         rows = jax.jit(rows_of, out_shardings=lies.weights)(teacher.unembedding(teacher_params), table)
-    objective = Objective(model, teacher=teacher, alignment=alignment_of(o, model, teacher, t.steps), **common)
+    objective = Objective(model, teacher=teacher, alignment=alignment, **common)
     inside = None
     if objective.positions == "all":
         prefixes = jax.tree.map(jnp.asarray, PrefixTables.build(tables["teacher"], tables["student"]))
@@ -96,7 +103,50 @@ def teaching(o: ConfigDict, steps: int) -> dict[str, Any]:
         "skew": o.skew,
         "top_k": o.top_k,
         "keep": o.projection_keep,
+        "rival": rival_of(o),
     }
+
+
+def rival_of(o: ConfigDict) -> Rival | None:
+    """What objective.kind names (losses/rivals); None for the projected teacher. Raises UserError for another name, and
+    for settings that it would not heed."""
+    if o.kind not in KINDS:
+        raise UserError(f"objective.kind is {o.kind!r}: use one of {', '.join(KINDS)}{nearest(o.kind, KINDS)}")
+    if o.map_size < 1:
+        raise UserError(f"objective.map_size={o.map_size} must be at least 1")
+    if o.kind == "projected":
+        return None
+    for key, neutral in (("divergence", "forward"), ("top_k", 0)):
+        if o[key] != neutral:
+            raise UserError(
+                f"objective.{key} is {o[key]!r}, which only objective.kind=projected heeds: {o.kind} compares in its "
+                f"own way; set it to {neutral!r}"
+            )
+    rival = RIVALS[o.kind]
+    if not o.learn_projection:
+        return rival
+    if rival.start is None:
+        raise UserError(
+            f"objective.learn_projection: {o.kind} has nothing that learns; set it to False, or objective.kind to "
+            "projected, mlp or low_rank"
+        )
+    return dataclasses.replace(rival, told=functools.partial(rival.told, through=True))
+
+
+def check_rival(o: ConfigDict, scores_mode: str, mesh: Mesh) -> None:
+    """Raises UserError where a rival cannot have what it needs."""
+    if o.kind == "projected":
+        return
+    if scores_mode != "online":
+        raise UserError(
+            f"objective.kind={o.kind} compares with the whole teacher, and teacher.scores={scores_mode} keeps its "
+            "likeliest tokens at the student's positions: set teacher.scores=online, or objective.kind=projected"
+        )
+    if Shards.of(mesh).size > 1:
+        raise UserError(
+            f"objective.kind={o.kind} has both vocabularies whole on each device, and mesh.fsdp and mesh.tensor spread "
+            "them: set both to 1, or objective.kind=projected"
+        )
 
 
 def alignment_of(o: ConfigDict, student: Any, teacher: Any, steps: int) -> Alignment | None:
@@ -136,7 +186,7 @@ def projection_of(work: Workdir, tables: dict[str, Any]) -> Projection:
 
 
 def projection_rate(config: ConfigDict, objective: Objective) -> float:
-    """The learning rate of a W that learns, in that of the student."""
+    """The learning rate of a W, or of a rival's map, that learns, in that of the student."""
     if objective.teacher is None and not objective.scores:
         return 1.0
     return config.objective.projection_learning_rate / config.student.training.learning_rate
@@ -149,6 +199,10 @@ def beside_the_model(
     parts: dict[str, Any] = {}
     if frozen.rows is not None:
         parts["projection"] = jnp.asarray(projection_of(work, tables).logits)
+    if objective.rival and objective.rival.start:
+        key = jax.random.fold_in(jax.random.key(config.seed), learners.SEED_OF["map"])
+        unigram, rows = np.load(work / "corpus" / "student_unigram.npy"), objective.teacher.config.vocab_size
+        parts["projection"] = objective.rival.start(key, rows, unigram, config.objective.map_size)
     if objective.alignment:
         a, key = objective.alignment, jax.random.fold_in(jax.random.key(config.seed), learners.SEED_OF["alignment"])
         mixed = config.objective.attention.heads == "mixed"
@@ -172,6 +226,7 @@ def check(work: Workdir, corpus: dict[str, Any], mesh: Mesh) -> None:
                 raise UserError(f"objective.dro_rate={o.dro_rate} is a number above 0, such as 0.01")
             if name not in variants.UNTAUGHT:
                 scores.check(config)
+                check_rival(o, config.teacher.scores, mesh)
                 teaching(o, steps), alignment_of(o, student, teacher, steps)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error

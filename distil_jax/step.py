@@ -32,7 +32,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """AdamW after clipping by the global norm; vectors and norm scales (rank below 2, or "scale") are not decayed.
 
-    A W that learns moves at `projection_rate` times the learning rate, and what holds it is |W - W0|^2 and no decay.
+    A W that learns, or a rival's map, moves at `projection_rate` times the learning rate, without decay; what holds W
+    is |W - W0|^2.
     """
 
     def decayed(params):
@@ -48,7 +49,7 @@ def make_optimizer(
     def at_own_rate(updates, params):
         if "projection" not in updates:
             return updates
-        return updates | {"projection": projection_rate * updates["projection"]}
+        return updates | {"projection": jax.tree.map(lambda u: projection_rate * u, updates["projection"])}
 
     return optax.chain(
         optax.stateless(clipped),

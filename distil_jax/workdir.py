@@ -51,13 +51,9 @@ READS: dict[str, tuple[str, ...]] = {
 }
 # What a stage leaves unread of that. A key that is new stands in every key until it is named here.
 TEACHING = (
-    *("objective.alpha", "objective.temperature", "objective.divergence", "objective.skew", "objective.top_k"),
-    *(
-        "objective.positions",
-        "objective.learn_projection",
-        "objective.projection_learning_rate",
-        "objective.projection_keep",
-    ),
+    *("objective.kind", "objective.map_size", "objective.alpha", "objective.temperature", "objective.divergence"),
+    *("objective.skew", "objective.top_k", "objective.positions"),
+    *("objective.learn_projection", "objective.projection_learning_rate", "objective.projection_keep"),
     *("objective.beta", "objective.attention", "objective.hidden_states"),
 )
 UNREAD: dict[str, tuple[str, ...]] = {
