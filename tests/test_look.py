@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from test_pack import BARE, NO_BOS, STUDENT, TEACHER
-from test_run import config_of, definitions  # noqa: F401
+from test_run import PROJECT, config_of
 from transformers import AutoTokenizer
 
 import distil_jax as dj
@@ -144,36 +144,37 @@ def settings_of(config) -> list[str]:
     """A config as a command line."""
     from distil_jax.config import flatten, load_config_file
 
-    tiny = str(Path(__file__).parent.parent / "configs" / "tiny.py")
+    tiny = str(PROJECT / "configs" / "tiny.py")
     plain = flatten(load_config_file(tiny))
     changed = {k: v for k, v in flatten(config).items() if k in plain and v != plain[k]}
     return ["--config", tiny, *(f"--config.{key}={value}" for key, value in changed.items())]
 
 
 @pytest.fixture(scope="module")
-def brought(tmp_path_factory, definitions):  # noqa: F811
-    """Random models as Hugging Face directories with tokenizers that were trained on conversations, the prepared corpus
-    of conversations for them, and W as built."""
+def brought(tmp_path_factory):
+    """Random models as Hugging Face directories with tokenizers of their own, the prepared corpus of conversations for
+    them (the project's own docs, asked for by their headings), and W as built."""
     folder = tmp_path_factory.mktemp("look")
+    texts = [p for file in sorted((PROJECT / "docs").glob("*.md")) for p in file.read_text().split("\n\n") if p.strip()]
+    texts = [text[:300] for text in texts if "\u2581" not in text]  # Gemma's space does not round-trip
     chats = folder / "chats.jsonl"
-    rows = [json.loads(line) for line in definitions.read_text().splitlines()[:400]]
     with chats.open("w") as file:
-        for n, row in enumerate(rows):
-            messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
-            system = [{"role": "system", "content": "Define <b>this</b> & <eos> it."}] * (n % 3 == 0)
+        for n, text in enumerate(texts):
+            messages = [{"role": "user", "content": f"Paragraph {n}?"}, {"role": "assistant", "content": text}]
+            system = [{"role": "system", "content": "Write <b>it</b> & <eos> down."}] * (n % 3 == 0)
             file.write(json.dumps({"messages": system + messages}) + "\n")
     made = config_of(folder / "made", chats)
-    prepare.main(made)
-    for side in ("teacher", "student"):
+    for side, train in prepare.TRAIN_TOKENIZER.items():
+        train(texts, made[side].vocab_size, folder / "made" / "tokenizers" / side)
         model = learners.description(Workdir(made), side)
-        params = jax.jit(model.init)(jax.random.key(1))
-        hub.save_pretrained(model, params, folder / side, tokenizer=learners.hf_tokenizer(Workdir(made), side))
+        tokenizer = AutoTokenizer.from_pretrained(folder / "made" / "tokenizers" / side)
+        hub.save_pretrained(model, jax.jit(model.init)(jax.random.key(1)), folder / side, tokenizer=tokenizer)
     paths = {"teacher.path": folder / "teacher", "student.path": folder / "student"}
-    config = config_of(folder / "work", chats, **paths, **{"evaluation.rows": 8})
+    lengths = {"data.student_length": 320, "data.teacher_length": 320}
+    config = config_of(folder / "work", chats, **paths, **lengths)
     prepare.main(config)
     work = Workdir(config)
     stage = work.begin("projection")
-    texts = [row["completion"] for row in rows]
     Projection.build(**learners.tables_of(work), corpus=texts, k=config.projection.size).save(stage.folder)
     stage.finish()
     return config
@@ -211,7 +212,7 @@ def test_a_prepared_corpus_is_shown_with_what_the_models_expect(brought, capsys)
     for e in examples:
         p = {}
         for side, (model, params) in models.items():
-            logits = np.asarray(model.apply(params, e[f"{side}_tokens"][None])[0], np.float64)
+            logits = np.asarray(jax.jit(model.apply)(params, e[f"{side}_tokens"][None])[0], np.float64)
             p[side] = np.exp(logits - logits.max(1, keepdims=True))
             p[side] /= p[side].sum(1, keepdims=True)
         q = p["teacher"] * W.mapped
@@ -247,7 +248,7 @@ def test_conversations_are_learned_where_the_assistant_speaks(brought, capsys):
     assert "no-models" not in said and "student:" not in said
     work = Workdir(brought)
     share = work.require("corpus")["chat"]["train"]
-    assert share["rows"] > 200 and 0.3 < share["supervised"] < 0.9
+    assert share["rows"] > 100 and 0.5 < share["supervised"] < 0.95
     tables = learners.tables_of(work)
     documents = {}
     for split in ("validation", "test"):
@@ -263,11 +264,12 @@ def test_conversations_are_learned_where_the_assistant_speaks(brought, capsys):
                 assert ids[-1] == tables[side].roles["end_of_turn"]
 
 
-def test_models_of_a_chat_corpus_carry_the_template_and_answer_by_it(brought):
+def test_models_trained_on_conversations_carry_the_template_and_are_asked_by_it(brought):
     for side, family in (("student", chat.LLAMA3), ("teacher", chat.GEMMA)):
-        tokenizer = AutoTokenizer.from_pretrained(brought[side].path)
+        assert AutoTokenizer.from_pretrained(brought[side].path).chat_template is None
+        tokenizer = learners.hf_tokenizer(Workdir(brought), side)  # what is saved beside a trained model
         assert tokenizer.chat_template == chat.jinja(family)
-        table = dj.ByteTable.from_tokenizer(brought[side].path)
+        table = dj.ByteTable.from_tokenizer(tokenizer)
         model = hub.load_model(brought[side].path)
         ids = [
             Codec(how).encode(model, prompt, max_new_tokens=5, chat=True).tolist()

@@ -17,6 +17,7 @@ from distil_jax.errors import UserError
 from distil_jax.look import samples, terminal
 from distil_jax.look.expected import Expected, expected
 from distil_jax.look.sheet import sheet
+from distil_jax.tokens.bytes import ByteTable
 from distil_jax.workdir import Workdir
 
 SPLITS = ("train", "validation", "test")
@@ -71,7 +72,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _print(found, asked, notes, tables, predict: bool) -> None:
+def _print(
+    found: Sequence[samples.Sample],
+    asked: Sequence[Expected],
+    notes: Sequence[str],
+    tables: dict[str, ByteTable],
+    predict: bool,
+) -> None:
     from rich.console import Console
     from rich.text import Text
 
