@@ -201,14 +201,14 @@ def ablation(c: ConfigDict) -> None:
 
 def objectives(c: ConfigDict) -> None:
     """One student for each objective, equal in all else (bench/objectives.py). A rival is one line: what it changes."""
-    rivals = {
+    ours = {
+        "roots": {"positions": "roots"},
+        "boundaries": {"positions": "boundaries"},
         "top16": {"top_k": 16},
         "learned": {"learn_projection": True},
-        "reverse": {"divergence": "reverse"},
-        "skewed_forward": {"divergence": "skewed_forward"},
-        "skewed_reverse": {"divergence": "skewed_reverse"},
-        "jsd": {"divergence": "jsd", "skew": 0.5},
     }
+    kinds = ("strict", "uld", "gold", "xtoken_p", "xtoken_h", "alm", "bpm", "mlp", "low_rank")  # losses/rivals
+    rivals = ours | {kind: {"kind": kind} for kind in kinds}
     for name, change in rivals.items():
         c.variants[name] = ConfigDict(change)
     c.runs = ("control", "distilled", *rivals)
