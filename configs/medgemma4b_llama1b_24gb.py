@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
     c.data.student_length = 1024  # tokens in a packed row
     c.data.teacher_length = 1024
     c.data.rows_per_shard = 2048
+    c.data.processes = 0  # that align the text; 0: as many as cores where that pays; the result is the same
 
     c.teacher = ConfigDict()
     c.teacher.path = "google/medgemma-4b-it"  # a hub id or a Hugging Face directory

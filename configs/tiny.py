@@ -40,6 +40,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.student_length = 256  # tokens in a packed row
     c.data.teacher_length = 256
     c.data.rows_per_shard = 2048
+    c.data.processes = 0  # that align the text; 0: as many as cores where that pays; the result is the same
 
     # A model has either a path (a Hugging Face directory or hub id) or a shape and a vocabulary size to be made from.
     c.teacher = ConfigDict()

@@ -25,7 +25,8 @@ from distil_jax.models import hub
 from distil_jax.tokens import align
 from distil_jax.tokens.align import NONE, Alignment
 from distil_jax.tokens.bytes import ByteTable, RoundTripError
-from distil_jax.tokens.pack import Example, make_examples, pack
+from distil_jax.tokens.pack import Example, pack
+from distil_jax.tokens.parallel import examples_of
 from distil_jax.workdir import Workdir, files_of
 
 TRAIN_TOKENIZER = {"teacher": train_gemma_style, "student": train_llama_style}
@@ -57,7 +58,7 @@ def main(config: ConfigDict) -> dict[str, Any]:
         specialties = sorted({row.specialty for row in rows})
         shards, examples = {}, {}
         for split, members in by_split.items():
-            examples[split] = align_rows(members, specialties, tables, quarantine)
+            examples[split] = align_rows(members, specialties, tables, quarantine, config.data.processes)
             if not examples[split]:
                 raise UserError(f"no usable row in the {split} split: see {quarantine.path}")
             shards[split] = pack_split(config, stage.folder, split, members, examples[split], quarantine)
@@ -98,15 +99,22 @@ def tokenizer_of(work: Workdir, side: str, texts: Sequence[str]) -> ByteTable:
 
 
 def align_rows(
-    rows: Sequence[Row], specialties: Sequence[str], tables: dict[str, ByteTable], quarantine: Quarantine
+    rows: Sequence[Row],
+    specialties: Sequence[str],
+    tables: dict[str, ByteTable],
+    quarantine: Quarantine,
+    processes: int = 1,
 ) -> list[Example]:
-    """Examples of the usable rows; `document` is the row's index. The others go to the quarantine."""
+    """Examples of the usable rows; `document` is the row's index. The others go to the quarantine.
+
+    processes: config.data.processes, which changes no result.
+    """
     named = {name: i for i, name in enumerate(specialties)}
     fields = [
         {"prompt": r.prompt, "completion": r.completion, "specialty": named[r.specialty], "document": i}
         for i, r in enumerate(rows)
     ]
-    examples, rejected = make_examples(fields, tables["student"], tables["teacher"])
+    examples, rejected = examples_of(fields, tables["student"], tables["teacher"], processes)
     for index, error in rejected:
         reason = "does not round-trip" if isinstance(error, RoundTripError) else "nothing to learn"
         quarantine.add(rows[index].source, rows[index].id, reason, str(error))
