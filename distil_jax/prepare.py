@@ -21,6 +21,7 @@ from distil_jax.data.loader import write_shards
 from distil_jax.data.sources import Quarantine, Row
 from distil_jax.data.train_tokenizers import train_gemma_style, train_llama_style
 from distil_jax.errors import UserError
+from distil_jax.metrics import is_first_process
 from distil_jax.models import hub
 from distil_jax.tokens import align
 from distil_jax.tokens.align import NONE, Alignment
@@ -65,16 +66,38 @@ def main(config: ConfigDict) -> dict[str, Any]:
         write_documents(stage.folder / "documents.jsonl", {s: by_split[s] for s in HELD_OUT}, examples)
     # Student tokens by id over the supervised training text: the unigram that the projection is measured against.
     np.save(stage.folder / "student_unigram.npy", unigram(examples["train"], tables["student"].vocab_size))
-    return stage.finish(
+    made = stage.finish(
         provenance=provenance,
         specialties=specialties,
         shards=shards,
         rows={split: len(members) for split, members in examples.items()},
         supervised_tokens=supervised_by_specialty(examples["train"], len(specialties)),
-        alignment={split: coverage(examples[split], tables["student"]) for split in ("train", "test")},
+        alignment={split: coverage(examples[split], tables["student"]) for split in examples},
         quarantined=dict(quarantine.counts),
         tokenizers={side: {"vocab_size": t.vocab_size, "hash": t.hash, "kind": t.kind} for side, t in tables.items()},
     )
+    if is_first_process():
+        print(describe(made), flush=True)
+    return made
+
+
+def describe(corpus: dict[str, Any]) -> str:
+    """What the user should know of a corpus: rows used and refused, and what the teacher can say of its tokens."""
+    lines = ["rows: " + ", ".join(f"{split} {n:,}" for split, n in corpus["rows"].items())]
+    refused = ", ".join(f"{reason} {n:,}" for reason, n in corpus["quarantined"].items())
+    lines.append(f"refused: {refused}, in quarantine.jsonl" if refused else "refused: none")
+    for split, found in corpus["alignment"].items():
+        parts = {"": found, "digits: ": found["by_class"].get("digit")}
+        lines.append(
+            f"student tokens of {split}: "
+            + "; ".join(
+                f"{name}root {c['root']:.1%}, interior {c['interior']:.1%}, crossing {c['crossing']:.1%} "
+                f"({c['crossing_at_boundary']:.1%} from a boundary of both)"
+                for name, c in parts.items()
+                if c
+            )
+        )
+    return "\n".join(lines)
 
 
 def read_rows(config: ConfigDict, quarantine: Quarantine) -> tuple[list[Row], dict[str, Any]]:

@@ -165,6 +165,17 @@ def test_text_without_control_names_gets_the_ids_of_the_stock_tokenizer(name, st
         assert table.encode(written).tolist() == stock[name].encode(written, add_special_tokens=False).ids
 
 
+@pytest.mark.parametrize("name", ["gemma3", "llama3"])
+def test_every_id_has_the_bytes_that_the_stock_decoder_gives_it(name, stock, gemma, llama):
+    table = {"gemma3": gemma, "llama3": llama}[name]
+    ids = np.flatnonzero(table.is_text)
+    decoded = stock[name].decode_batch([[i] for i in ids.tolist()], skip_special_tokens=False)
+    whole = [(i, shown) for i, shown in zip(ids.tolist(), decoded, strict=True) if "\ufffd" not in shown]
+    assert len(whole) > 0.98 * len(ids), "a token that is not UTF-8 alone is shown as U+FFFD"
+    wrong = [(i, shown) for i, shown in whole if table.token_bytes(i) != shown.encode()]
+    assert not wrong
+
+
 def test_names_of_control_tokens_stay_text(gemma, llama, stock):
     for name, table in (("gemma3", gemma), ("llama3", llama)):
         ids = stock[name].get_vocab(with_added_tokens=True)

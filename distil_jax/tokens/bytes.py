@@ -100,7 +100,9 @@ class ByteTable:
         self._id_of: dict[bytes, int] | None = None
         self._control = sorted(control)
         exact = exact_pipeline(spec, control, vocab)
-        tokenizer = Tokenizer.from_str(tokenizer_json if exact is spec else json.dumps(exact))
+        tokenizer_json = tokenizer_json if exact is spec else json.dumps(exact)
+        del spec, exact, content, vocab  # 200 MB of Gemma's merges and names, before the tokenizer takes as much
+        tokenizer = Tokenizer.from_str(tokenizer_json)
         _check_added(tokenizer, added, control)
         self._tokenizer = _text_only(tokenizer, self._control)
 
