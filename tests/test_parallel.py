@@ -1,5 +1,7 @@
 """Promise: the number of processes that align the text changes no byte of the shards and no line of the quarantine."""
 
+import json
+import re
 import signal
 import string
 from pathlib import Path
@@ -113,3 +115,29 @@ def test_a_process_that_dies_is_told(rows, tables):
 def test_a_negative_number_of_processes_is_refused(rows, tables):
     with pytest.raises(UserError, match="config.data.processes is -1"):
         parallel.examples_of([], tables["student"], tables["teacher"], -1)
+
+
+def test_prepare_tells_what_the_teacher_can_say_of_every_split(rows, tmp_path, capsys):
+    usable = [r for r in rows if r.completion and "\ud800" not in r.completion][:400]
+    splits = ("train", "train", "validation", "test")
+    with (tmp_path / "rows.jsonl").open("w", encoding="utf-8") as out:
+        for n, r in enumerate(usable):
+            out.write(json.dumps({"text": r.prompt + r.completion, "split": splits[n % 4]}) + "\n")
+    values = {"workdir": tmp_path / "work", "data.files": tmp_path / "rows.jsonl", "teacher.vocab_size": 400}
+    flags = [f"--config.{key}={value}" for key, value in {**values, "student.vocab_size": 360}.items()]
+
+    def prepared(*more: str) -> dict:
+        return prepare.main(load_config(["--config", str(PROJECT / "configs" / "tiny.py"), *flags, *more])[0])
+
+    made = prepared()
+    said = capsys.readouterr().out
+    for split in ("train", "validation", "test"):
+        found = made["alignment"][split]
+        assert found["root"] + found["interior"] + found["crossing"] == pytest.approx(1, abs=2e-5)
+        assert 0 < found["crossing_at_boundary"] <= found["crossing"]
+        at = f"crossing {found['crossing']:.1%} ({found['crossing_at_boundary']:.1%} from a boundary of both)"
+        assert re.search(rf"^student tokens of {split}: .*{re.escape(at)}.*; digits: root", said, re.MULTILINE)
+    assert "does not round-trip 1, in quarantine.jsonl" in said, "one literal space mark is among these rows"
+
+    assert prepared("--config.data.processes=2")["key"] == made["key"], "another number of processes is the same corpus"
+    assert capsys.readouterr().out == ""
