@@ -21,11 +21,13 @@ from distil_jax.data.loader import write_shards
 from distil_jax.data.sources import Quarantine, Row
 from distil_jax.data.train_tokenizers import train_gemma_style, train_llama_style
 from distil_jax.errors import UserError, nearest
+from distil_jax.metrics import is_first_process
 from distil_jax.models import hub
 from distil_jax.tokens import align
 from distil_jax.tokens.align import NONE, Alignment
 from distil_jax.tokens.bytes import ByteTable, RoundTripError
-from distil_jax.tokens.pack import Example, make_examples, pack
+from distil_jax.tokens.pack import Example, pack
+from distil_jax.tokens.parallel import examples_of
 from distil_jax.workdir import Workdir, files_of
 
 EMBEDDED = {"definitions": hpo.load_corpus, "frequencies": frequencies.load_corpus}  # data.corpus
@@ -59,24 +61,46 @@ def main(config: ConfigDict) -> dict[str, Any]:
         specialties = sorted({row.specialty for row in rows})
         shards, examples = {}, {}
         for split, members in by_split.items():
-            examples[split] = align_rows(members, specialties, tables, quarantine)
+            examples[split] = align_rows(members, specialties, tables, quarantine, config.data.processes)
             if not examples[split]:
                 raise UserError(f"no usable row in the {split} split: see {quarantine.path}")
             shards[split] = pack_split(config, stage.folder, split, members, examples[split], quarantine)
         write_documents(stage.folder / "documents.jsonl", {s: by_split[s] for s in HELD_OUT}, examples)
     # Student tokens by id over the supervised training text: the unigram that the projection is measured against.
     np.save(stage.folder / "student_unigram.npy", unigram(examples["train"], tables["student"].vocab_size))
-    return stage.finish(
+    made = stage.finish(
         provenance=provenance,
         specialties=specialties,
         shards=shards,
         rows={split: len(members) for split, members in examples.items()},
         chat={split: chat_share(examples[split], by_split[split]) for split in by_split},
         supervised_tokens=supervised_by_specialty(examples["train"], len(specialties)),
-        alignment={split: coverage(examples[split], tables["student"]) for split in ("train", "test")},
+        alignment={split: coverage(examples[split], tables["student"]) for split in examples},
         quarantined=dict(quarantine.counts),
         tokenizers={side: {"vocab_size": t.vocab_size, "hash": t.hash, "kind": t.kind} for side, t in tables.items()},
     )
+    if is_first_process():
+        print(describe(made), flush=True)
+    return made
+
+
+def describe(corpus: dict[str, Any]) -> str:
+    """What the user should know of a corpus: rows used and refused, and what the teacher can say of its tokens."""
+    lines = ["rows: " + ", ".join(f"{split} {n:,}" for split, n in corpus["rows"].items())]
+    refused = ", ".join(f"{reason} {n:,}" for reason, n in corpus["quarantined"].items())
+    lines.append(f"refused: {refused}, in quarantine.jsonl" if refused else "refused: none")
+    for split, found in corpus["alignment"].items():
+        parts = {"": found, "digits: ": found["by_class"].get("digit")}
+        lines.append(
+            f"student tokens of {split}: "
+            + "; ".join(
+                f"{name}root {c['root']:.1%}, interior {c['interior']:.1%}, crossing {c['crossing']:.1%} "
+                f"({c['crossing_at_boundary']:.1%} from a boundary of both)"
+                for name, c in parts.items()
+                if c
+            )
+        )
+    return "\n".join(lines)
 
 
 def read_rows(config: ConfigDict, quarantine: Quarantine) -> tuple[list[Row], dict[str, Any]]:
@@ -133,16 +157,23 @@ def train_tokenizer(config: ConfigDict, side: str, texts: Sequence[str], where: 
 
 
 def align_rows(
-    rows: Sequence[Row], specialties: Sequence[str], tables: dict[str, ByteTable], quarantine: Quarantine
+    rows: Sequence[Row],
+    specialties: Sequence[str],
+    tables: dict[str, ByteTable],
+    quarantine: Quarantine,
+    processes: int = 1,
 ) -> list[Example]:
-    """Examples of the usable rows; `document` is the row's index. The others go to the quarantine."""
+    """Examples of the usable rows; `document` is the row's index. The others go to the quarantine.
+
+    processes: config.data.processes, which changes no result.
+    """
     named = {name: i for i, name in enumerate(specialties)}
     fields = [
         {"prompt": r.prompt, "completion": r.completion, "messages": r.messages, "append_eos": r.ended}
         | {"specialty": named[r.specialty], "document": i}
         for i, r in enumerate(rows)
     ]
-    examples, rejected = make_examples(fields, tables["student"], tables["teacher"])
+    examples, rejected = examples_of(fields, tables["student"], tables["teacher"], processes)
     for index, error in rejected:
         reason = "does not round-trip" if isinstance(error, RoundTripError) else "nothing to learn"
         quarantine.add(rows[index].source, rows[index].id, reason, str(error))

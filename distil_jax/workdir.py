@@ -57,6 +57,7 @@ TEACHING = (
     *("objective.beta", "objective.attention", "objective.hidden_states"),
 )
 UNREAD: dict[str, tuple[str, ...]] = {
+    "corpus": ("data.processes",),
     "control": (*TEACHING, "objective.label_smoothing"),
     "smoothing": TEACHING,
     "distilled": ("objective.label_smoothing",),

@@ -12,6 +12,35 @@ from tokenizers import Tokenizer
 from distil_jax.tokens.align import CLASSES, CROSSING, INTERIOR, NONE, ROOT, align, align_ids, coverage, token_classes
 from distil_jax.tokens.bytes import ByteTable, RoundTripError
 
+# One hard text of each kind; the names say what of it is hard.
+HARD = {
+    "emoji of several code points": "👩🏽‍⚕️👨‍👩‍👧‍👦🏳️‍🌈❤️‍🔥 a👍🏿b🧑🏻‍🦰",
+    "flags": "🇪🇺🇩🇪🇩 🇺🇸🏴󠁧󠁢󠁥󠁮󠁧󠁿",
+    "skin tones alone": "🏻🏼🏽🏾🏿 👋🏻👋🏿",
+    "Greek": "α-τοκοφερόλη, Μέγας ΑΛΈΞΑΝΔΡΟΣ ἄνθρωπος ϑ ϕ µ μ Ω Ω",
+    "CJK": "心房細動の治療。고혈압 환자 𠮷野家 㐀 ﾊﾝｶｸ ＡＢＣ１２３ 々〆ヶ",
+    "CRLF": "a\r\nb\r\n\r\n\r\nc\rd\n\re\r\r\n \r\n",
+    "tabs": "\ta\t\tb\t \t c\t\n\t\td \t",
+    "runs of spaces": " a  b   c    d" + " " * 31 + "e" + " " * 64 + "\n" + " " * 17,
+    "zero width": "a\u200bb\u200c\u200dc\u2060d\ufeffe\u00ad\u034f\u061c",
+    "combining": "e\u0301a\u0300\u0323o\u0302\u0301 \u0301 Z\u0351\u0310\u0357a\u0327 \u1112\u1161\u11ab ক্ষি",
+    "control names of Gemma": "<bos><eos><pad><unk><start_of_turn>user\n<end_of_turn><unused99><mask>",
+    "control names of Llama": "<|begin_of_text|><|eot_id|><|start_header_id|>a<|end_header_id|>\n\n",
+    "control names in pieces": "< bos><<bos>><|eot_id|<|eot_id|>|>[multimodal]<|",
+    "byte tokens by name": "<0x0A><0xFF><0x41>",
+    "HTML that Gemma has": "<table><tr><td>1</td></tr></table><s></s><b><h1></h6><strong>",
+    "byte-order mark": "\ufefftext\ufeff",
+    "NUL and other controls": "\0a\0\0b\x01\x02\x1b[0m\x7f\x80\x85\x9f\x0b\x0c",
+    "private use": "\ue000\uf8ff\U000f0000\U0010fffd",
+    "not characters": "\uffff\ufffe\ufdd0\U0010ffff\ufffd",
+    "right to left": "ارتفاع ضغط الدم ١٢٣٤ \u202bעִבְרִית\u202c שלום 12.5 מ״ג \u200f",
+    "spaces that are not U+0020": "a\u00a0b\u2003c\u3000d\u2028e\u2029f\u202fg\u1680h\u180e",
+    "mathematics and units": "𝛂𝟙𝟐 x²₃ ½ ≥ ± µg °C ‰ ㎎ ﬁ Ⅷ",
+    "code": "def f(x):\n    if x != 0 and y <= 1e-3:\n\t\treturn {'a': [1, 2, 3]}  # é\n\n\n",
+    "doses": "12.5mg/kg q8h; p<0.001; 1,234,567.89; 0x1F; 2019-12-31T23:59; 1/2; 10^6; IL-6; T4N1M0",
+    "long words": "pneumonoultramicroscopicsilicovolcanoconiosis" * 3 + "A" * 99 + "." * 77 + "=" * 65,
+}
+NUMBERS = {n: ("1234567890" * 3)[:n] for n in range(1, 31)}
 AWKWARD = [
     "",
     "x",
@@ -55,7 +84,13 @@ def byte_walk(student_pieces: list[bytes], teacher_pieces: list[bytes]) -> list[
     return places
 
 
-def check(a, student, teacher):
+def check(a, student, teacher, written=None):
+    """An alignment against the walk over its bytes, and, with the text, its bytes against the text's."""
+    if written is not None:
+        want = written.encode()
+        for table, ids in ((student, a.student_ids), (teacher, a.teacher_ids)):
+            assert b"".join(table.token_bytes(i) for i in ids) == want and table.is_text[ids].all()
+            assert table.lengths[ids].sum() == len(want)
     assert isinstance(a.role, Int8[np.ndarray, "Ts"])
     for field in (a.teacher_index, a.offset, a.student_ids):
         assert isinstance(field, Int32[np.ndarray, f"{len(a.role)}"])
@@ -108,6 +143,31 @@ def test_numbers_of_each_length_cross_as_their_digits_say(gemma, llama):
         assert b.teacher_index.tolist() == [i // 3 for i in range(n)] and b.offset.tolist() == [i % 3 for i in range(n)]
 
 
+@pytest.mark.parametrize("kind", HARD)
+def test_hard_text_is_exact_on_both_sides(kind, gemma, llama):
+    written = HARD[kind]
+    for text_of in (written, f" {written}", f"{written}\n{written}", f"the dose{written}12.5 mg"):
+        check(align(text_of, student=llama, teacher=gemma), llama, gemma, text_of)
+        check(align(text_of, student=gemma, teacher=llama), gemma, llama, text_of)
+
+
+@pytest.mark.parametrize("n", NUMBERS)
+def test_a_number_of_any_length_is_exact_alone_and_in_a_sentence(n, gemma, llama):
+    number = NUMBERS[n]
+    for written in (number, f"n = {number}.", f"{number}mg", f"-{number}.{number}", f" {number}%", f"{number:0>30}"):
+        check(align(written, student=llama, teacher=gemma), llama, gemma, written)
+        check(align(written, student=gemma, teacher=llama), gemma, llama, written)
+
+
+@settings(deadline=None, max_examples=120)
+@given(st.lists(st.sampled_from([*HARD.values(), *NUMBERS.values()]) | text, min_size=2, max_size=5), st.randoms())
+def test_hard_texts_joined_and_cut_anywhere_are_exact(gemma, llama, parts, random):
+    parts = [part[random.randint(0, len(part)) :] for part in parts]  # also inside a flag, a name, a CRLF
+    written = "".join(parts)
+    check(align(written, student=llama, teacher=gemma), llama, gemma, written)
+    check(align(written, student=gemma, teacher=llama), gemma, llama, written)
+
+
 def test_a_tokenizer_against_itself_is_all_roots(gemma):
     a = align(" ".join(AWKWARD), student=gemma, teacher=gemma)
     assert (a.role == ROOT).all() and not a.offset.any()
@@ -153,11 +213,13 @@ def test_coverage_counts_roles_by_class_of_the_student_token(gemma, llama):
     for counts in found.values():
         assert counts["tokens"] == counts["root"] + counts["interior"] + counts["crossing"]
         assert counts["one_to_one"] <= counts["root"]
-    for key in ("tokens", "root", "interior", "crossing", "one_to_one"):
+        assert counts["crossing_at_boundary"] <= counts["crossing"]
+    for key in ("tokens", "root", "interior", "crossing", "crossing_at_boundary", "one_to_one"):
         assert found["all"][key] == sum(found[c][key] for c in CLASSES)
-    assert found["digit"] == {"tokens": 3, "root": 2, "interior": 0, "crossing": 1, "one_to_one": 2}
-    assert found["whitespace"] == {"tokens": 2, "root": 2, "interior": 0, "crossing": 0, "one_to_one": 2}
-    assert found["punctuation"] == {"tokens": 1, "root": 1, "interior": 0, "crossing": 0, "one_to_one": 1}
+    names = ("tokens", "root", "interior", "crossing", "crossing_at_boundary", "one_to_one")
+    expected = {"digit": (3, 2, 0, 1, 1, 2), "whitespace": (2, 2, 0, 0, 0, 2), "punctuation": (1, 1, 0, 0, 0, 1)}
+    for name, numbers in expected.items():
+        assert found[name] == dict(zip(names, numbers, strict=True))
 
 
 def test_one_to_one_is_a_whole_teacher_token(gemma, llama):
@@ -168,6 +230,19 @@ def test_one_to_one_is_a_whole_teacher_token(gemma, llama):
         for s, role, i in zip(a.student_ids, a.role, a.teacher_index, strict=True)
     ]
     assert coverage(alignments, llama)["all"]["one_to_one"] == sum(both)
+
+
+def test_a_crossing_may_begin_at_a_boundary_of_both_or_not(gemma, llama):
+    seen = {True: 0, False: 0}
+    alignments = [align(w, student=s, teacher=t) for w in HARD.values() for s, t in ((llama, gemma), (gemma, llama))]
+    for a in alignments:
+        for role, offset in zip(a.role.tolist(), a.offset.tolist(), strict=True):
+            if role == CROSSING:
+                seen[offset == 0] += 1
+    counts = coverage(alignments[::2], llama)["all"], coverage(alignments[1::2], gemma)["all"]
+    assert sum(c["crossing_at_boundary"] for c in counts) == seen[True] > 0
+    assert sum(c["crossing"] for c in counts) == sum(seen.values())
+    assert seen[False] > 0
 
 
 def test_classes_of_tokens():

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int8, Int32
 
-from distil_jax.tokens.bytes import ByteTable, RoundTripError
+from distil_jax.tokens.bytes import ByteTable, Ids, RoundTripError
 
 NONE, ROOT, INTERIOR, CROSSING = 0, 1, 2, 3
 ROLES = ("none", "root", "interior", "crossing")  # name of each code
@@ -86,12 +86,15 @@ def align_ids(student_ids: StudentIds, teacher_ids: TeacherIds, student: ByteTab
 def coverage(alignments: Iterable[Alignment], student: ByteTable) -> dict[str, dict[str, int]]:
     """Student tokens counted by role, for all text tokens and by class of token.
 
-    Returns {"all" | a name of CLASSES: {"tokens": n, "root": n, "interior": n, "crossing": n, "one_to_one": n}};
-    "one_to_one" counts the roots that are exactly one teacher token. Tokens without bytes are not counted.
+    Returns {"all" | a name of CLASSES: {"tokens", "root", "interior", "crossing", "crossing_at_boundary",
+    "one_to_one": n}}. The first is the sum of the next three; "crossing_at_boundary" are the crossings that begin where
+    a teacher token does, "one_to_one" the roots that are exactly one teacher token. Tokens without bytes do not count.
     """
     names = ("all", *CLASSES)
-    counts = np.zeros((len(names), len(ROLES) + 1), np.int64)
-    classes = token_classes(student)
+    counts = np.zeros((len(names), len(ROLES) + 2), np.int64)
+    alignments = list(alignments)
+    present = np.unique(np.concatenate([a.student_ids for a in alignments] or [np.zeros(0, np.int32)]))
+    classes = token_classes(student, present)
     for a in alignments:
         text = a.role != NONE
         role, kind, index = a.role[text].astype(np.int64), classes[a.student_ids[text]], a.teacher_index[text]
@@ -99,25 +102,27 @@ def coverage(alignments: Iterable[Alignment], student: ByteTable) -> dict[str, d
         next_offset = np.append(a.offset[text][1:], 0)
         next_index = np.append(index[1:], -1)
         single = (role == ROOT) & (next_offset == 0) & (next_index != index)
+        at_boundary = (role == CROSSING) & (a.offset[text] == 0)
         for row, chosen in enumerate([np.ones_like(role, bool), *(kind == k for k in range(len(CLASSES)))]):
             counts[row, : len(ROLES)] += np.bincount(role[chosen], minlength=len(ROLES))
-            counts[row, -1] += int(single[chosen].sum())
+            counts[row, -2:] += int(at_boundary[chosen].sum()), int(single[chosen].sum())
     return {
-        name: {"tokens": int(row[:-1].sum())}
+        name: {"tokens": int(row[:-2].sum())}
         | {ROLES[role]: int(row[role]) for role in (ROOT, INTERIOR, CROSSING)}
-        | {"one_to_one": int(row[-1])}
+        | {"crossing_at_boundary": int(row[-2]), "one_to_one": int(row[-1])}
         for name, row in zip(names, counts, strict=True)
     }
 
 
-def token_classes(table: ByteTable) -> IdClasses:
-    """Index into CLASSES of every id; ids that are not text count as "byte", and no text holds them.
+def token_classes(table: ByteTable, ids: Ids | None = None) -> IdClasses:
+    """Index into CLASSES of every id, or of these; ids that are not text, and all others, count as "byte".
 
     The first class that holds, in this order: not valid UTF-8 by itself: byte; with a digit: digit; with a letter or
     mark: word; nothing but space and control or invisible characters: whitespace; else: punctuation (and symbols).
     """
     codes = np.full(table.vocab_size, CLASSES.index("byte"), np.int8)
-    for i in np.flatnonzero(table.is_text).tolist():
+    ids = np.flatnonzero(table.is_text) if ids is None else ids[table.is_text[ids]]
+    for i in ids.tolist():
         try:
             text = table.token_bytes(i).decode()
         except UnicodeDecodeError:

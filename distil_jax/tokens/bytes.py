@@ -1,14 +1,14 @@
 """Exact bytes of every token id: the common ground of two tokenizers.
 
 A `ByteTable` knows, for each id of a vocabulary, the bytes it stands for, and encodes text so that the bytes of the ids
-it returns are the UTF-8 bytes of the text, or raises. Two families are supported, both BPE in the form of the
-`tokenizers` library: byte-level (GPT-2's byte alphabet: Llama 3, SmolLM2) and SentencePiece-style with byte fallback
-(Gemma 3). Pipelines that add, drop or change characters are refused by name.
+it returns are the UTF-8 bytes of the text, or raises. Two kinds are supported, in the form of the `tokenizers` library:
+byte-level (GPT-2's byte alphabet: Llama 3, SmolLM2, tiktoken files) and SentencePiece-style with byte fallback, BPE
+(Gemma 3, Llama 2) or Unigram. Pipelines that drop or change characters are refused by name.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,17 @@ from jaxtyping import Bool, Int32, UInt8
 from tokenizers import AddedToken, Tokenizer
 
 from distil_jax.errors import UserError
-from distil_jax.tokens.pipeline import SPACE_MARK, control_tokens, find_roles, pipeline_kind
+from distil_jax.tokens import tiktoken_file
+from distil_jax.tokens.pipeline import (
+    BYTE_PIECES,
+    SPACE_MARK,
+    control_tokens,
+    exact_pipeline,
+    find_roles,
+    pipeline_kind,
+    vocabulary,
+)
+from distil_jax.tokens.serialised import serialised
 
 Ids = Int32[np.ndarray, "tokens"]  # token ids of one text
 PerIdInt = Int32[np.ndarray, "V"]
@@ -43,7 +53,6 @@ def _gpt2_alphabet() -> dict[int, int]:
 
 _BYTE_OF_CHAR = _gpt2_alphabet()
 _ALPHABET = frozenset(map(chr, _BYTE_OF_CHAR))
-_FALLBACK = {f"<0x{b:02X}>": bytes([b]) for b in range(256)}
 
 
 class ByteTable:
@@ -59,12 +68,13 @@ class ByteTable:
       kind: "byte_level" or "sentencepiece".
     """
 
-    def __init__(self, tokenizer: Tokenizer, spec: dict[str, Any], named: dict[str, str]):
-        """Use `from_tokenizer`. `spec`: the tokenizer's JSON; `named`: configured strings of bos, eos, pad, unk."""
-        self.kind: str = pipeline_kind(spec)
-        vocab: dict[str, int] = spec["model"]["vocab"]
+    def __init__(self, tokenizer_json: str, named: Mapping[str, str]):
+        """Use `from_tokenizer`. `named`: configured strings of bos, eos, pad, unk."""
+        spec = json.loads(tokenizer_json)
+        vocab = vocabulary(spec)
+        self.kind: str = pipeline_kind(spec, vocab)
         added = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
-        control = control_tokens(spec, named)
+        control = control_tokens(spec, vocab, named)
         self.roles: dict[str, int] = find_roles(vocab | added, named)
         self.vocab_size: int = 1 + max(max(vocab.values()), max(added.values(), default=0))
 
@@ -75,8 +85,8 @@ class ByteTable:
             pieces = _byte_level_pieces(content)
             is_fallback = np.zeros(self.vocab_size, bool)
         else:
-            pieces = [_FALLBACK.get(text) or text.replace(SPACE_MARK, " ").encode() for text in content]
-            is_fallback = np.array([text in _FALLBACK for text in content])
+            pieces = [BYTE_PIECES.get(text) or text.replace(SPACE_MARK, " ").encode() for text in content]
+            is_fallback = np.array([text in BYTE_PIECES for text in content])
         for text, i in added.items():  # the encoder takes them from the text as they are written
             pieces[i] = text.encode() if self.kind == "byte_level" else text.replace(SPACE_MARK, " ").encode()
         for text in control:
@@ -89,6 +99,11 @@ class ByteTable:
         self._is_fallback = is_fallback & self.is_text
         self._id_of: dict[bytes, int] | None = None
         self._control = sorted(control)
+        exact = exact_pipeline(spec, control, vocab)
+        tokenizer_json = tokenizer_json if exact is spec else json.dumps(exact)
+        del spec, exact, content, vocab  # 200 MB of Gemma's merges and names, before the tokenizer takes as much
+        tokenizer = Tokenizer.from_str(tokenizer_json)
+        _check_added(tokenizer, added, control)
         self._tokenizer = _text_only(tokenizer, self._control)
 
         digest = hashlib.sha256(self._flat.tobytes())
@@ -101,30 +116,27 @@ class ByteTable:
     def from_tokenizer(cls, tokenizer: Any) -> "ByteTable":
         """Table of a tokenizer directory (or tokenizer.json), transformers fast tokenizer or `tokenizers.Tokenizer`.
 
+        The table holds a copy of its own: the caller's tokenizer keeps its truncation, padding and special tokens.
         Raises UserError for a directory without tokenizer.json and for pipelines that are not exact, naming the part.
         """
-        if isinstance(tokenizer, (str, Path)):
-            path = Path(tokenizer)
-            path = path / "tokenizer.json" if path.is_dir() else path
-            if path.suffix != ".json" or not path.is_file():
-                raise UserError(
-                    f"no tokenizer.json at {tokenizer}: give the directory of a fast (tokenizers) tokenizer"
-                )
-            serialised = path.read_text(encoding="utf-8")
-            named = _named_in_configs(path.parent)
-        elif isinstance(tokenizer, Tokenizer):
-            serialised, named = tokenizer.to_str(), {}
-        elif isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer):
-            serialised = tokenizer.backend_tokenizer.to_str()
-            found = {role: getattr(tokenizer, f"{role}_token", None) for role in ("bos", "eos", "pad", "unk")}
-            named = {role: str(token) for role, token in found.items() if token}
-        else:
-            raise UserError(
-                f"cannot read bytes from a {type(tokenizer).__name__}: give a tokenizer directory, a transformers fast "
-                "tokenizer or a tokenizers.Tokenizer"
-            )
-        # A copy of our own: the caller's tokenizer keeps its truncation, padding and special tokens.
-        return cls(Tokenizer.from_str(serialised), json.loads(serialised), named)
+        return cls(*serialised(tokenizer))
+
+    @classmethod
+    def from_tiktoken(
+        cls,
+        file: str | Path,
+        family: str | None = None,
+        *,
+        pattern: str | None = None,
+        special_tokens: Mapping[str, int] | None = None,
+    ) -> "ByteTable":
+        """Table of a tiktoken file (Llama 3's original tokenizer.model, cl100k_base.tiktoken).
+
+        family: one of `tiktoken_file.FAMILIES`; or pattern, the regular expression that splits text before BPE, and
+        special_tokens, control token -> id. UserError, with the line, for a file that is not of this form.
+        """
+        spec = tiktoken_file.tokenizer_json(Path(file), family, pattern=pattern, special_tokens=special_tokens)
+        return cls(json.dumps(spec), {})
 
     def __repr__(self) -> str:
         texts = int(self.is_text.sum())
@@ -256,6 +268,16 @@ def _byte_level_pieces(content: list[str]) -> list[bytes]:
     ]
 
 
+def _check_added(tokenizer: Tokenizer, added: Mapping[str, int], control: set[str]) -> None:
+    """The library numbers added tokens itself where their ids in the file do not follow on from the vocabulary."""
+    for i, token in tokenizer.get_added_tokens_decoder().items():
+        if token.content not in control and added[token.content] != i:
+            raise UserError(
+                f"added token {token.content!r} has id {added[token.content]} in tokenizer.json, but encoding gives it "
+                f"{i}: added tokens must be in the vocabulary or follow it without gaps"
+            )
+
+
 def _text_only(tokenizer: Tokenizer, control: list[str]) -> Tokenizer:
     """Make control strings ordinary text to the encoder, in place. No id moves.
 
@@ -267,20 +289,6 @@ def _text_only(tokenizer: Tokenizer, control: list[str]) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def _named_in_configs(directory: Path) -> dict[str, str]:
-    """bos/eos/pad/unk strings of tokenizer_config.json, then special_tokens_map.json."""
-    named: dict[str, str] = {}
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        path = directory / name
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        for role in ("bos", "eos", "pad", "unk"):
-            token = config.get(f"{role}_token")
-            token = token.get("content") if isinstance(token, dict) else token
-            if token:
-                named.setdefault(role, token)
-    return named
 
 
 def _lone_surrogate(text: str) -> RoundTripError | None:
