@@ -18,7 +18,7 @@ from test_run import PROJECT, SMALL
 from transformers import AutoTokenizer
 
 import distil_jax as dj
-from distil_jax import cli, learners, prepare
+from distil_jax import cli, export, learners, prepare
 from distil_jax.config import load_config
 from distil_jax.generation.text import Codec
 from distil_jax.look import samples, terminal
@@ -302,6 +302,19 @@ def test_models_trained_on_conversations_carry_the_template_and_are_asked_by_it(
         ]
         assert all(one == ids[0] for one in ids) and table.decode_bytes(ids[0]).count(b"What is Ageusia?") == 1
         assert table.roles["end_of_turn"] in Codec(table).stop_ids(model, chat=True)
+
+
+def test_an_exported_student_of_conversations_stops_at_the_end_of_a_turn(brought, tmp_path):
+    work = Workdir(loaded(brought))
+    tokenizer = learners.hf_tokenizer(work, "student")
+    own = json.loads((Path(work.config.student.path) / "generation_config.json").read_text())
+    stops = export.generation_config_of(work, tokenizer)
+    model, params = dj.load_pretrained(work.config.student.path)
+    folder = hub.save_pretrained(model, params, tmp_path / "out", tokenizer=tokenizer, generation_config=stops)
+    roles = dj.ByteTable.from_tokenizer(folder).roles
+    assert own["eos_token_id"] == roles["eos"]  # the student as it came knows of no turns
+    assert hub.load_model(folder).config.eos_token_id == (roles["eos"], roles["end_of_turn"])
+    assert AutoTokenizer.from_pretrained(folder).chat_template == chat.jinja(chat.LLAMA3)
 
 
 def test_two_tokenizers_are_enough_for_a_text(brought, tmp_path, capsys, monkeypatch):
