@@ -27,6 +27,7 @@ from distil_jax.errors import UserError
 from distil_jax.metrics import is_first_process
 from distil_jax.models import hub
 from distil_jax.push import push
+from distil_jax.tokens.bytes import ByteTable
 from distil_jax.workdir import Workdir, names_of
 
 GENERATION_CONFIG = "generation_config.json"
@@ -59,19 +60,19 @@ def make(config: ConfigDict) -> dict[str, Any]:
         raise UserError(f"{work / 'export'} keeps a file called {name}: choose another config.export.name")
     stage = work.begin("export")
     mesh = learners.mesh_of(config)
-    student = config.student.path
+    tokenizer = learners.hf_tokenizer(work, "student")
     with jax.set_mesh(mesh):
         model, params = learners.trained(work, run, mesh)
         checks = export_model(
             model,
             params,
             stage.folder / name,
-            tokenizer=learners.hf_tokenizer(work, "student"),
+            tokenizer=tokenizer,
             documents=readback.read_documents(work / "corpus" / "documents.jsonl"),
             dtype=config.export.dtype,
             files=owed.files,
             write_card=lambda checks: card(name, config, done, owed, checks),
-            generation_config=read_generation_config(hub.resolve(student)) if student else None,
+            generation_config=generation_config_of(work, tokenizer),
             mesh=mesh,
         )
     return stage.finish(
@@ -159,6 +160,19 @@ def read_generation_config(directory: Path) -> dict[str, Any] | None:
     """The generation_config.json of a model directory, if it has one."""
     file = directory / GENERATION_CONFIG
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def generation_config_of(work: Workdir, tokenizer: Any) -> dict[str, Any] | None:
+    """The student's own, if it has one. Where the corpus holds conversations the end of a turn stops generation too."""
+    student = work.config.student.path
+    found = read_generation_config(hub.resolve(student)) if student else None
+    if not learners.has_conversations(work):
+        return found
+    found = found or {}
+    stated = found.get("eos_token_id")
+    ends = [*(stated if isinstance(stated, list) else [stated]), tokenizer.eos_token_id]
+    ends.append(ByteTable.from_tokenizer(tokenizer).roles["end_of_turn"])
+    return found | {"eos_token_id": [i for i in dict.fromkeys(ends) if i is not None]}
 
 
 def publish(config: ConfigDict, facts: Mapping[str, Any]) -> str | None:

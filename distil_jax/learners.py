@@ -39,6 +39,11 @@ def tables_of(work: Workdir) -> dict[str, ByteTable]:
     return {side: ByteTable.from_tokenizer(tokenizer_directory(work, side)) for side in ("teacher", "student")}
 
 
+def has_conversations(work: Workdir) -> bool:
+    """Whether the corpus holds conversations, so that models trained on it answer in turns."""
+    return any(split["rows"] for split in work.require("corpus")["chat"].values())
+
+
 def hf_tokenizer(work: Workdir, side: str) -> Any:
     """The side's tokenizer as transformers loads it, to be saved beside a model that was trained here. If the corpus
     has conversations, its chat template is the one that they were written with."""
@@ -46,7 +51,7 @@ def hf_tokenizer(work: Workdir, side: str) -> Any:
 
     directory = tokenizer_directory(work, side)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    if any(split["rows"] for split in work.require("corpus")["chat"].values()):
+    if has_conversations(work):
         tokenizer.chat_template = chat.jinja(chat.family_of(ByteTable.from_tokenizer(directory), side))
     return tokenizer
 

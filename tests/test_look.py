@@ -7,17 +7,19 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from test_pack import BARE, NO_BOS, STUDENT, TEACHER
-from test_run import PROJECT, config_of
+from test_run import PROJECT, SMALL
 from transformers import AutoTokenizer
 
 import distil_jax as dj
-from distil_jax import cli, learners, prepare
+from distil_jax import cli, export, learners, prepare
+from distil_jax.config import load_config
 from distil_jax.generation.text import Codec
 from distil_jax.look import samples, terminal
 from distil_jax.look.samples import visible
@@ -140,14 +142,30 @@ class Page(html.parser.HTMLParser):
         return [token for token in self.tokens if side in token["kinds"]]
 
 
-def settings_of(config) -> list[str]:
-    """A config as a command line."""
-    from distil_jax.config import flatten, load_config_file
+CONFIG = """
+import importlib.util
 
-    tiny = str(PROJECT / "configs" / "tiny.py")
-    plain = flatten(load_config_file(tiny))
-    changed = {k: v for k, v in flatten(config).items() if k in plain and v != plain[k]}
-    return ["--config", tiny, *(f"--config.{key}={value}" for key, value in changed.items())]
+def get_config():
+    spec = importlib.util.spec_from_file_location("tiny", {tiny!r})
+    tiny = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tiny)
+    c = tiny.get_config().unlock()
+    c.update_from_flattened_dict({values!r})
+    return c.lock()
+"""
+
+
+def config_in(folder: Path, **values) -> str:
+    """The tiny recipe, small, as a config file with a work folder beside it: quicker than many flags."""
+    values = {"workdir": str(folder / "work")} | values
+    (folder / "config.py").write_text(
+        CONFIG.format(tiny=str(PROJECT / "configs" / "tiny.py"), values=SMALL | {k: str(v) for k, v in values.items()})
+    )
+    return str(folder / "config.py")
+
+
+def loaded(path: str):
+    return load_config(["--config", path])[0]
 
 
 @pytest.fixture(scope="module")
@@ -163,34 +181,38 @@ def brought(tmp_path_factory):
             messages = [{"role": "user", "content": f"Paragraph {n}?"}, {"role": "assistant", "content": text}]
             system = [{"role": "system", "content": "Write <b>it</b> & <eos> down."}] * (n % 3 == 0)
             file.write(json.dumps({"messages": system + messages}) + "\n")
-    made = config_of(folder / "made", chats)
+    (folder / "made").mkdir()
+    made = Workdir(loaded(config_in(folder / "made")))
+    rng = np.random.default_rng(0)
     for side, train in prepare.TRAIN_TOKENIZER.items():
-        train(texts, made[side].vocab_size, folder / "made" / "tokenizers" / side)
-        model = learners.description(Workdir(made), side)
-        tokenizer = AutoTokenizer.from_pretrained(folder / "made" / "tokenizers" / side)
-        hub.save_pretrained(model, jax.jit(model.init)(jax.random.key(1)), folder / side, tokenizer=tokenizer)
-    paths = {"teacher.path": folder / "teacher", "student.path": folder / "student"}
-    lengths = {"data.student_length": 320, "data.teacher_length": 320}
-    config = config_of(folder / "work", chats, **paths, **lengths)
-    prepare.main(config)
-    work = Workdir(config)
+        train(texts, made.config[side].vocab_size, made / "tokenizers" / side)
+        model = learners.description(made, side)
+        params = jax.tree.map(
+            lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), "float32"), model.abstract_params()
+        )
+        tokenizer = AutoTokenizer.from_pretrained(made / "tokenizers" / side)
+        hub.save_pretrained(model, params, folder / side, tokenizer=tokenizer)
+    paths = {f"{side}.path": folder / side for side in ("teacher", "student")}
+    path = config_in(folder, **paths, **{"data.files": chats})
+    prepare.main(loaded(path))
+    work = Workdir(loaded(path))
     stage = work.begin("projection")
-    Projection.build(**learners.tables_of(work), corpus=texts, k=config.projection.size).save(stage.folder)
+    Projection.build(**learners.tables_of(work), corpus=texts, k=8).save(stage.folder)
     stage.finish()
-    return config
+    return path
 
 
-def look(config, *arguments) -> int:
-    return cli.main(["inspect", *settings_of(config), *map(str, arguments)])
+def look(path: str, *arguments) -> int:
+    return cli.main(["inspect", "--config", path, *map(str, arguments)])
 
 
 def test_a_prepared_corpus_is_shown_with_what_the_models_expect(brought, capsys):
     assert look(brought, "--rows", 1, "--split", "test", "--predict", "--characters", 100000) == 0
     said = capsys.readouterr().out
-    file = Path(brought.workdir) / "inspect" / "index.html"
+    work = Workdir(loaded(brought))
+    file = work / "inspect" / "index.html"
     assert "the same as a page:" in said and "test, document" in said and "projection: as fitted" in said
     page = Page(file.read_text())
-    work = Workdir(brought)
     tables = learners.tables_of(work)
     found = samples.of_corpus(work, "test", 1, tables, 100000)
     examples = [sample.example for sample in found]
@@ -204,7 +226,7 @@ def test_a_prepared_corpus_is_shown_with_what_the_models_expect(brought, capsys)
     assert [token["kinds"][-1] for token in page.of("student")] == roles and {"root", "none", "interior"} <= set(roles)
 
     # The expectations, from whole logits and a whole W.
-    models = {side: dj.load_pretrained(brought[side].path) for side in ("student", "teacher")}
+    models = {side: dj.load_pretrained(work.config[side].path) for side in ("student", "teacher")}
     W = Projection.load(work / "projection", **tables)
     dense = np.zeros((len(W.ids), W.student_vocab))
     np.add.at(dense, (np.arange(len(W.ids))[:, None], W.ids), np.where(W.ids < 0, 0, W.weights()))
@@ -246,7 +268,7 @@ def test_conversations_are_learned_where_the_assistant_speaks(brought, capsys):
     assert look(brought, "--rows", 20, "--no-models") == 0
     said = capsys.readouterr().out
     assert "no-models" not in said and "student:" not in said
-    work = Workdir(brought)
+    work = Workdir(loaded(brought))
     share = work.require("corpus")["chat"]["train"]
     assert share["rows"] > 100 and 0.5 < share["supervised"] < 0.95
     tables = learners.tables_of(work)
@@ -265,28 +287,42 @@ def test_conversations_are_learned_where_the_assistant_speaks(brought, capsys):
 
 
 def test_models_trained_on_conversations_carry_the_template_and_are_asked_by_it(brought):
+    work = Workdir(loaded(brought))
     for side, family in (("student", chat.LLAMA3), ("teacher", chat.GEMMA)):
-        assert AutoTokenizer.from_pretrained(brought[side].path).chat_template is None
-        tokenizer = learners.hf_tokenizer(Workdir(brought), side)  # what is saved beside a trained model
+        path = work.config[side].path
+        assert AutoTokenizer.from_pretrained(path).chat_template is None
+        tokenizer = learners.hf_tokenizer(work, side)  # what is saved beside a trained model
         assert tokenizer.chat_template == chat.jinja(family)
         table = dj.ByteTable.from_tokenizer(tokenizer)
-        model = hub.load_model(brought[side].path)
+        model = hub.load_model(path)
         ids = [
             Codec(how).encode(model, prompt, max_new_tokens=5, chat=True).tolist()
             for prompt in ("What is Ageusia?", [{"role": "user", "content": " What is Ageusia?\n"}])
-            for how in (tokenizer, table, brought[side].path)
+            for how in (tokenizer, table)
         ]
         assert all(one == ids[0] for one in ids) and table.decode_bytes(ids[0]).count(b"What is Ageusia?") == 1
         assert table.roles["end_of_turn"] in Codec(table).stop_ids(model, chat=True)
+
+
+def test_an_exported_student_of_conversations_stops_at_the_end_of_a_turn(brought, tmp_path):
+    work = Workdir(loaded(brought))
+    tokenizer = learners.hf_tokenizer(work, "student")
+    own = json.loads((Path(work.config.student.path) / "generation_config.json").read_text())
+    stops = export.generation_config_of(work, tokenizer)
+    model, params = dj.load_pretrained(work.config.student.path)
+    folder = hub.save_pretrained(model, params, tmp_path / "out", tokenizer=tokenizer, generation_config=stops)
+    roles = dj.ByteTable.from_tokenizer(folder).roles
+    assert own["eos_token_id"] == roles["eos"]  # the student as it came knows of no turns
+    assert hub.load_model(folder).config.eos_token_id == (roles["eos"], roles["end_of_turn"])
+    assert AutoTokenizer.from_pretrained(folder).chat_template == chat.jinja(chat.LLAMA3)
 
 
 def test_two_tokenizers_are_enough_for_a_text(brought, tmp_path, capsys, monkeypatch):
     """No config.json, no weights, no corpus; and nothing in the text can act on the terminal or the page."""
     for side in ("teacher", "student"):
         (tmp_path / side).mkdir()
-        shutil.copy(Path(brought[side].path) / "tokenizer.json", tmp_path / side)
-    paths = {"teacher.path": tmp_path / "teacher", "student.path": tmp_path / "student"}
-    bare = config_of(tmp_path / "work", **paths)
+        shutil.copy(Path(loaded(brought)[side].path) / "tokenizer.json", tmp_path / side)
+    bare = config_in(tmp_path, **{f"{side}.path": tmp_path / side for side in ("teacher", "student")})
     evil = "12.5 mg </span><script>alert(1)</script>\x1b[31m & \u202e<eos> [bold]x[/bold] é🧬"
     out = tmp_path / "out" / "page.html"
     assert look(bare, "--text", evil, "--out", out) == 0
@@ -321,20 +357,20 @@ def test_two_tokenizers_are_enough_for_a_text(brought, tmp_path, capsys, monkeyp
     ],
 )
 def test_what_cannot_be_shown_is_one_line(brought, tmp_path, capsys, arguments, named):
-    other = config_of(tmp_path / "empty", **{f"{s}.path": brought[s].path for s in ("teacher", "student")})
+    other = config_in(tmp_path, **{f"{s}.path": loaded(brought)[s].path for s in ("teacher", "student")})
     assert look(other, *arguments) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1 and named in said
 
 
 def test_a_text_without_any_tokenizer_says_what_makes_them(tmp_path, capsys):
-    assert look(config_of(tmp_path / "empty"), "--text", "a") == 2
+    assert look(config_in(tmp_path), "--text", "a") == 2
     assert "run `distil-jax prepare`" in capsys.readouterr().err
 
 
 def test_conversation_groups_of_differing_templates(brought):
     """Templates of other lengths stand side by side, contents over each other."""
-    tables = learners.tables_of(Workdir(brought))
+    tables = learners.tables_of(Workdir(loaded(brought)))
     messages = [
         {"role": "system", "content": "s"},
         {"role": "user", "content": "12 é"},
