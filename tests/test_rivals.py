@@ -15,7 +15,19 @@ from distil_jax import recipe, sharding
 from distil_jax.config import load_config_file
 from distil_jax.data.train_tokenizers import train_gemma_style, train_llama_style
 from distil_jax.errors import UserError
-from distil_jax.losses.rivals import RIVALS, Sides, alm, divergence, gold, learned, positions, uld, vocabularies, xtoken
+from distil_jax.losses.rivals import (
+    RIVALS,
+    Sides,
+    alm,
+    divergence,
+    gold,
+    learned,
+    positions,
+    strict,
+    uld,
+    vocabularies,
+    xtoken,
+)  # fmt: skip
 from distil_jax.losses.schedules import schedule
 from distil_jax.models import hub
 from distil_jax.objective import Frozen, Loss, Objective, reduce
@@ -435,6 +447,14 @@ def test_sorted_masses():
     expected = abs(0.6 - 0.4) + abs(0.3 - 0.3) + abs(0.1 - 0.2) + 0.1
     assert float(uld.sorted_l1(a, b)[0]) == pytest.approx(expected)
     assert float(uld.sorted_l1(b, a)[0]) == pytest.approx(expected)
+
+
+def test_a_remainder_keeps_its_digits_where_it_is_small():
+    p = jnp.float32([[1.0], [3e-9], [2e-9], [0.0]])
+    left = strict.without(p, jnp.int32([[0, -1]]), jnp.array([[True, False]]))
+    assert float(left[0]) == pytest.approx(5e-9, rel=1e-6)
+    assert float(strict.rest_kl(left, jnp.float32([1e-9]))[0]) == pytest.approx(5e-9 * np.log(5), rel=1e-5)
+    assert float(strict.rest_kl(jnp.zeros(1), jnp.zeros(1))[0]) == 0
 
 
 def test_jsd_of_masses_that_do_not_sum_to_one():

@@ -61,6 +61,7 @@ def told(tables: Tables, learned: None, sides: Sides, batch: dict[str, Array], t
         p_VsxN = jax.ops.segment_sum(mass, tables.student_ids, z_VsxN.shape[0], indices_are_sorted=True)
         named_N = jnp.sum(p_VsxN * (safe_log(p_VsxN) - log_s_VsxN), axis=0)
         s_rest_N = jnp.sum(jnp.where(tables.reached[:, None], 0, jnp.exp(log_s_VsxN)), axis=0)
-        return named_N + rest_kl(1 - jnp.sum(p_VsxN, axis=0), s_rest_N)
+        q_rest_N = jnp.sum(q_VtxN.at[tables.teacher_ids].set(0, mode="drop"), axis=0)
+        return named_N + rest_kl(q_rest_N, s_rest_N)
 
     return Told(compare(cells, tables.known, sides, batch, taught(tables, batch), shared=tables, **options))

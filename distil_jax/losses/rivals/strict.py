@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from distil_jax.losses.rivals import positions, vocabularies
 from distil_jax.losses.rivals.stream import Sides, Told, compare, log_softmax, safe_log
@@ -45,16 +45,15 @@ def told(tables: Tables, learned: None, sides: Sides, batch: dict[str, Array], t
     """D at each taught position."""
 
     def cells(z_VsxN, t_VtxN, more, match_Vt):
-        log_s_VsxN = log_softmax(z_VsxN, temperature)
-        log_q_NxK, ids_NxK = jax.lax.top_k(log_softmax(t_VtxN, temperature).T, min(TOP, t_VtxN.shape[0]))
-        # A head may have more rows than the tokenizer has ids; those are in no softmax and never among the likeliest
-        # unless there are fewer than 16 tokens.
-        ids_NxK = match_Vt.at[ids_NxK].get(mode="fill", fill_value=-1)
-        q_NxK = jnp.where(ids_NxK >= 0, jnp.exp(log_q_NxK), 0)
-        s_at_NxK = jnp.take_along_axis(log_s_VsxN, jnp.maximum(ids_NxK, 0).T, axis=0).T
-        s_NxK = jnp.where(ids_NxK >= 0, jnp.exp(s_at_NxK), 0)
-        named_N = jnp.sum(q_NxK * (safe_log(q_NxK) - s_at_NxK), axis=1)
-        return named_N + rest_kl(1 - jnp.sum(q_NxK, axis=1), 1 - jnp.sum(s_NxK, axis=1))
+        log_s_VsxN, log_q_VtxN = log_softmax(z_VsxN, temperature), log_softmax(t_VtxN, temperature)
+        log_q_NxK, teacher_NxK = jax.lax.top_k(log_q_VtxN.T, min(TOP, t_VtxN.shape[0]))
+        # A head may have more rows than the tokenizer has ids: they have no match.
+        student_NxK = match_Vt.at[teacher_NxK].get(mode="fill", fill_value=-1)
+        named = student_NxK >= 0
+        log_s_NxK = jnp.take_along_axis(log_s_VsxN, jnp.maximum(student_NxK, 0).T, axis=0).T
+        named_N = jnp.sum(jnp.where(named, jnp.exp(log_q_NxK) * (log_q_NxK - log_s_NxK), 0), axis=1)
+        q_rest_N = without(jnp.exp(log_q_VtxN), teacher_NxK, named)
+        return named_N + rest_kl(q_rest_N, without(jnp.exp(log_s_VsxN), student_NxK, named))
 
     values = compare(
         cells, tables.mapped, sides, batch, taught(tables, batch), shared=tables.match, **options
@@ -62,8 +61,13 @@ def told(tables: Tables, learned: None, sides: Sides, batch: dict[str, Array], t
     return Told(values)
 
 
-def rest_kl(q_N: Array, s_N: Array) -> Array:
-    """`q log(q / s)` of one remainder cell, which rounding may leave a little below 0."""
-    q_N = jnp.maximum(q_N, 0)
-    s_N = jnp.maximum(s_N, jnp.finfo(jnp.float32).eps)
-    return q_N * (safe_log(q_N) - jnp.log(s_N))
+def without(p_VxN: Float[Array, "V N"], ids_NxK: Int[Array, "N K"], named: Bool[Array, "N K"]) -> Float[Array, " N"]:
+    """The mass of the tokens that are not `named`, added up: 1 less the others loses its digits where it is small."""
+    at = jnp.where(named, ids_NxK, p_VxN.shape[0])  # what is not named falls off the end
+    columns = jax.lax.broadcasted_iota(jnp.int32, at.shape, 0)
+    return jnp.sum(p_VxN.at[at, columns].set(0, mode="drop"), axis=0)
+
+
+def rest_kl(q_N: Float[Array, " N"], s_N: Float[Array, " N"]) -> Float[Array, " N"]:
+    """`q log(q / s)` of one remainder cell."""
+    return q_N * (safe_log(q_N) - jnp.log(jnp.maximum(s_N, jnp.finfo(jnp.float32).tiny)))
