@@ -55,8 +55,9 @@ def examples_of(
     if processes < 0:
         raise UserError(f"config.data.processes is {processes}: 0 means as many as cores, 1 this process alone")
     if processes == 0:
-        length = sum(len(row["prompt"]) + len(row["completion"]) for row in rows)
-        processes = len(os.sched_getaffinity(0)) if length >= POOL_PAYS else 1
+        length = sum(_characters(row) for row in rows)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        processes = cores if length >= POOL_PAYS else 1
     chunks = [(start, rows[start : start + _ROWS]) for start in range(0, len(rows), _ROWS)]
     processes = min(processes, len(chunks))
     if processes <= 1:
@@ -78,6 +79,11 @@ def examples_of(
                 "config.data.processes=1, or fewer of them"
             ) from error
     return examples, rejected
+
+
+def _characters(row: Mapping[str, Any]) -> int:
+    said = sum(len(message["content"]) for message in row.get("messages") or ())
+    return len(row["prompt"]) + len(row["completion"]) + said
 
 
 def _start(tables: bytes) -> None:
