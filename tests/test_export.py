@@ -244,6 +244,7 @@ def work(llama, tmp_path):
             "corpus": {
                 "provenance": {"files": [str(data)], "licences": {f"{HOSTILE}: cc-by-4.0": 1200, "mine: none": 3}},
                 "rows": {"train": 1000, "validation": 100, "test": 103},
+                "chat": {"train": {"rows": 0, "tokens": 0, "supervised": 0.0}},
                 "quarantined": {"too long": 2},
                 "alignment": alignment,
                 "tokenizers": {side: {"vocab_size": 5000 + len(side)} for side in ("teacher", "student")},
