@@ -1,7 +1,8 @@
 """`make_examples` over processes: the same examples and errors, in the same order, for any number of them.
 
-Encoding takes threads as it is (the tokenizers library), so that processes share only what Python does around it. Each
-one loads both tables for itself, some seconds for vocabularies of 100,000 and more: they pay for large corpora alone.
+Encoding takes threads as it is (the tokenizers library), two thirds of the work, so that processes share the rest,
+which is Python's. Each of them loads both tables, two to three seconds and 370 MB for Gemma 3 and Llama 3. They pay for
+large corpora on more than two cores (bench/tokens.py).
 """
 
 import multiprocessing
@@ -18,7 +19,7 @@ from distil_jax.errors import UserError
 from distil_jax.tokens.bytes import ByteTable
 from distil_jax.tokens.pack import Example, make_examples
 
-POOL_PAYS = 16_000_000  # characters below which more processes start later than this one is done
+POOL_PAYS = 32_000_000  # characters below which this process alone is as fast, or uses less for the same
 _ROWS = 512  # documents that a process takes at a time
 _FIELDS = {
     "student_tokens": "student",
@@ -47,8 +48,9 @@ def examples_of(
 ) -> tuple[list[Example], list[tuple[int, UserError]]]:
     """`make_examples(rows, student, teacher)`, by so many processes.
 
-    processes: 1: this one; n: n others; 0: as many others as there are cores, or this one if the text is too short for
-      that to pay (POOL_PAYS). A script that asks for others must guard its main module, as Python's spawn needs.
+    processes: 1: this one; n: n others; 0: as many others as there are cores, or this one if that does not pay: for
+      less text than POOL_PAYS, or on one or two cores. A script that asks for others must guard its main module, as
+      Python's spawn needs.
 
     UserError if a process dies, for example for want of memory.
     """
@@ -56,7 +58,8 @@ def examples_of(
         raise UserError(f"config.data.processes is {processes}: 0 means as many as cores, 1 this process alone")
     if processes == 0:
         length = sum(len(row["prompt"]) + len(row["completion"]) for row in rows)
-        processes = len(os.sched_getaffinity(0)) if length >= POOL_PAYS else 1
+        cores = len(os.sched_getaffinity(0))
+        processes = cores if length >= POOL_PAYS and cores > 2 else 1
     chunks = [(start, rows[start : start + _ROWS]) for start in range(0, len(rows), _ROWS)]
     processes = min(processes, len(chunks))
     if processes <= 1:
