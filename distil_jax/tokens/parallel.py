@@ -62,11 +62,15 @@ def examples_of(
         processes = cores if length >= POOL_PAYS and cores > 2 else 1
     chunks = [(start, rows[start : start + _ROWS]) for start in range(0, len(rows), _ROWS)]
     processes = min(processes, len(chunks))
-    if processes <= 1:
-        return make_examples(rows, student, teacher)
-
     examples: list[Example] = []
     rejected: list[tuple[int, UserError]] = []
+    if processes <= 1:
+        for chunk in chunks:  # in pieces here too: what the encoder returns takes 100 bytes a token until it is read
+            found, refused = _examples(chunk, student, teacher)
+            examples.extend(found)
+            rejected.extend(refused)
+        return examples, rejected
+
     tables = pickle.dumps({"student": student, "teacher": teacher})  # once, not once for each process
     # Not fork: JAX has threads, and their locks would stay shut in a copy.
     context = multiprocessing.get_context("spawn")
@@ -83,15 +87,23 @@ def examples_of(
     return examples, rejected
 
 
+def _examples(
+    chunk: tuple[int, Sequence[Mapping[str, Any]]], student: ByteTable, teacher: ByteTable
+) -> tuple[list[Example], list[tuple[int, UserError]]]:
+    """`make_examples` of a chunk, (number of its first row, its rows), with the rows' own numbers."""
+    start, rows = chunk
+    numbered = [{"document": start + n} | dict(row) for n, row in enumerate(rows)]
+    examples, rejected = make_examples(numbered, student, teacher)
+    return examples, [(start + n, error) for n, error in rejected]
+
+
 def _start(tables: bytes) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes have the cores already
     _tables.update(pickle.loads(tables))
 
 
 def _work(chunk: tuple[int, Sequence[Mapping[str, Any]]]) -> _Bundle:
-    start, rows = chunk
-    numbered = [{"document": start + n} | dict(row) for n, row in enumerate(rows)]
-    examples, rejected = make_examples(numbered, _tables["student"], _tables["teacher"])
+    examples, rejected = _examples(chunk, _tables["student"], _tables["teacher"])
     return _Bundle(
         columns={field: np.concatenate([e[field] for e in examples]) for field in _FIELDS if examples},
         ends={
@@ -100,7 +112,7 @@ def _work(chunk: tuple[int, Sequence[Mapping[str, Any]]]) -> _Bundle:
         },
         specialties=[e["specialty"] for e in examples],
         documents=[e["document"] for e in examples],
-        rejected=[(start + n, error) for n, error in rejected],
+        rejected=rejected,
     )
 
 
