@@ -1,8 +1,8 @@
 """`make_examples` over processes: the same examples and errors, in the same order, for any number of them.
 
-Encoding takes threads as it is (the tokenizers library), two thirds of the work, so that processes share the rest,
-which is Python's. Each of them loads both tables, two to three seconds and 370 MB for Gemma 3 and Llama 3. They pay for
-large corpora on more than two cores (bench/tokens.py).
+Encoding takes threads as it is (the tokenizers library), four fifths of the work and more, so that processes share the
+rest, which is Python's. Each of them loads both tables, two to three seconds and 370 MB for Gemma 3 and Llama 3. They
+pay for large corpora on more than two cores (bench/tokens.py).
 """
 
 import multiprocessing
