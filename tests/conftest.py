@@ -52,3 +52,11 @@ def bench_tool():
         return module
 
     return load
+
+
+@pytest.fixture(scope="module")
+def quickly_compiled():
+    """Where compiling takes nearly all of the time: the numbers do not depend on how hard XLA tries."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

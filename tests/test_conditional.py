@@ -25,6 +25,8 @@ TEXTS = [
 NUMBERS = [f"{number} mg in {number + 7} patients" for number in range(100, 400, 3)]  # the student knows few words
 D, DT = 6, 5
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
@@ -126,7 +128,8 @@ def run(c, tau, mesh=None, kind="forward", block=16):
     batch, E = c["batch"], jnp.asarray(c["E"])
     table = place(c["W"].table(), Shards.of(mesh))
     tables = conditional.Tables(jax.tree.map(jnp.asarray, c["prefixes"]), c["W"].rows())
-    weights = jnp.asarray(c["weights"]) * (batch["role"] != NONE)
+    taught = (batch["role"] == INTERIOR) | (batch["role"] == CROSSING) if "only" in c else batch["role"] != NONE
+    weights = jnp.asarray(c["weights"]) * taught
     Et = jnp.asarray(c["Et"])
 
     def likelihood(hidden, tokens, mask):
@@ -146,16 +149,21 @@ def run(c, tau, mesh=None, kind="forward", block=16):
 
 
 def expected(c, tau, targets):
-    """The loss of the conditional positions and what it sends back, in float64: KL over what is named and the rest."""
+    """The divergence at the conditional positions, over what is named and the rest, the whole loss there, and what that
+    sends back, in float64. The share of the mass that is not named stays with cross-entropy."""
     z = c["hidden"].astype(np.float64) @ c["E"].T.astype(np.float64)
-    kl, d_hidden = np.zeros(z.shape[:2]), np.zeros(c["hidden"].shape)
+    kl, loss, d_hidden = np.zeros(z.shape[:2]), 0.0, np.zeros(c["hidden"].shape)
+    labels = np.asarray(c["batch"]["student_targets"])
     for (r, n), p in targets.items():
         s, on = softmax(z[r, n] / tau), p > 0
         rest, s_rest = 1 - p.sum(), s[~on].sum()
         kl[r, n] = (p[on] * np.log(p[on] / s[on])).sum() + (rest * np.log(rest / s_rest) if rest > 1e-12 else 0)
-        d_z = s - np.where(on, p, s * rest / s_rest)
-        d_hidden[r, n] = c["weights"][r, n] * tau * (d_z @ c["E"].astype(np.float64))
-    return kl, d_hidden
+        d_z = tau * (s - np.where(on, p, s * rest / s_rest))
+        s1, w = softmax(z[r, n]), c["weights"][r, n]
+        d_ce = s1 - np.eye(len(s))[labels[r, n]]
+        loss += w * ((1 - rest) * tau**2 * kl[r, n] - rest * np.log(s1[labels[r, n]]))
+        d_hidden[r, n] = w * ((1 - rest) * d_z + rest * d_ce) @ c["E"].astype(np.float64)
+    return kl, loss, d_hidden
 
 
 @pytest.mark.parametrize("tau", [1.0, 2.5])
@@ -165,8 +173,10 @@ def test_targets_and_gradients_equal_the_reference_in_bytes(case, tau):
     assert sum(roles[key] == INTERIOR for key in targets) > 5 and sum(roles[key] == CROSSING for key in targets) > 20
     assert all(0 < p.sum() < 1 + 1e-9 for p in targets.values())
     (_, out), (d_hidden, _) = run(case, tau)
-    kl, expected_d = expected(case, tau, targets)
-    kl1, _ = expected(case, 1.0, reference(case, 1.0))
+    (loss, _), _ = run(case | {"only": True}, tau)
+    kl, expected_loss, expected_d = expected(case, tau, targets)
+    assert float(loss) == pytest.approx(expected_loss, rel=1e-5)
+    kl1 = expected(case, 1.0, reference(case, 1.0))[0]
     at = tuple(np.array(list(targets)).T)
     np.testing.assert_allclose(out.kl_BxL[at], kl[at], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(out.kl1_BxL[at], kl1[at], rtol=1e-5, atol=1e-5)

@@ -14,6 +14,7 @@ from distil_jax.losses.kd import PlacedTable, ProjectionRows, ProjectionTable, p
 from distil_jax.losses.vocabulary import Shards
 from distil_jax.sharding import make_mesh
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 B, L, D, DT, VS, VT, TEXT_VS, TEXT_VT = 8, 9, 6, 5, 23, 37, 21, 34
 
 

@@ -89,13 +89,17 @@ def test_as_many_processes_as_cores_where_that_pays(rows, tables, monkeypatch):
             super().__init__(processes, *args, **kwargs)
 
     monkeypatch.setattr(parallel, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(parallel.os, "sched_getaffinity", lambda _: set(range(2)))
+    cores = {0, 1, 2}
+    monkeypatch.setattr(parallel.os, "sched_getaffinity", lambda _: cores)
     plain = [{"prompt": r.prompt, "completion": r.completion} for r in rows[:600]]
     parallel.examples_of(plain, tables["student"], tables["teacher"], 0)
     assert asked == [], "a small corpus stays in this process"
     monkeypatch.setattr(parallel, "POOL_PAYS", 1000)
     parallel.examples_of(plain, tables["student"], tables["teacher"], 0)
-    assert asked == [2]
+    assert asked == [2], "as many as there are cores, but no more than chunks"
+    cores.remove(2)
+    parallel.examples_of(plain, tables["student"], tables["teacher"], 0)
+    assert asked == [2], "two cores are as busy with the threads of one process"
 
 
 class Killer:

@@ -52,12 +52,7 @@ D, DT, EXTRA = 5, 6, 3
 TAU = 1.7
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quickly_compiled():
-    """Compiling takes nearly all of the time here, and the numbers do not depend on how hard XLA tries."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 
 @pytest.fixture(scope="module")

@@ -114,7 +114,8 @@ def distill(
     which it does not commute. `D` is one of divergence.KINDS, "forward" for KL(W^T q || s). With `top_k`, or with a
     `TopKTeacher`, only the teacher's K likeliest tokens are projected; where rows of W leave a remainder, they are
     projected without it. D then compares the tokens that are reached and one cell for all others, which holds the rest
-    of both distributions. Weights are final: whoever calls has divided them by the global sum.
+    of both distributions. At a target inside or across the teacher's tokens (`Teacher.reading`) only the share of the
+    teacher's mass that has a name counts as its KL weight; the other share stays with cross-entropy. Weights are final: whoever calls has divided them by the global sum.
 
     The gradient flows into `hidden_BxLxD`, `unembedding_VsxD` and the weights of the projection; the last two are
     formed only where they are asked for (a frozen embedding is not). That of W takes its rows to sum to 1, as a softmax
@@ -369,17 +370,18 @@ def _block(spec, wanted, unembedding_VxD, teacher, temperature, one, sums):
     kl_N, kl1_N, d_kl_VxN = zero_N, zero_N, None
     if teacher is not None:
         weights = jnp.zeros_like(teacher.projection.weights) if wanted.weights else None
-        kl_N, kl1_N, d_kl_VxN, d_weights = jax.lax.cond(
+        kl_N, kl1_N, d_kl_VxN, share_N, d_weights = jax.lax.cond(
             jnp.any(w_kl != 0),
             functools.partial(_taught, spec, wanted, teacher, w_kl),
-            lambda *args: (zero_N, zero_N, jnp.zeros_like(z_VxN), weights),
+            lambda *args: (zero_N, zero_N, jnp.zeros_like(z_VxN), jnp.ones_like(zero_N), weights),
             one["teacher"],
             labels_N,
             z_VxN,
             temperature,
         )
+        w_ce, w_kl = w_ce + w_kl * (1 - share_N), w_kl * share_N
     loss = jnp.sum(w_ce * loss_N) + jnp.sum(w_kl * temperature**2 * kl_N)
-    taught_N = w_kl != 0
+    taught_N = one["kl_weights"] != 0
     values = (
         jnp.where(used_N, ce_N, 0),
         jnp.where(taught_N, kl_N, 0),
@@ -425,21 +427,22 @@ def _add_outer(
 
 
 def _taught(spec, wanted, teacher, w_kl, per_token, labels_N, z_VxN, temperature):
-    """The divergence at the temperature of the step, KL(p || s) at temperature 1, the gradient of the first, and what
-    the block adds to the gradient of W."""
+    """The divergence at the temperature of the step, KL(p || s) at temperature 1, the gradient of the first, how much of
+    each token's weight the teacher takes, and what the block adds to the gradient of W."""
     rows, shards = z_VxN.shape[0], spec.shards
+    all_N = jnp.ones_like(w_kl)
 
     def against(target, tau, kind):
         options = {"kind": kind, "skew": spec.skew, "text_vocab": spec.text_vocab, "shards": shards}
         return divergence(target.p_VxN, z_VxN, tau, rest_N=target.rest_N, **options)
 
-    def compare(now, one):
+    def compare(now, one, share_N=all_N):
         target = now()
         value, gradient, d_p = against(target, temperature, spec.divergence)
         d_weights = target.pull(d_p * (w_kl * temperature**2)[None]) if wanted.weights else None
         at_1 = lambda: against(one(), jnp.float32(1), "forward")[0]  # noqa: E731
         value1 = at_1() if spec.divergence != "forward" else jax.lax.cond(temperature == 1, lambda: value, at_1)
-        return value, value1, gradient, d_weights
+        return value, value1, gradient, share_N, d_weights
 
     if isinstance(teacher, TopKTeacher):
         ids, log_probs, log_probs1 = per_token
@@ -472,8 +475,11 @@ def _taught(spec, wanted, teacher, w_kl, per_token, labels_N, z_VxN, temperature
                 lambda d_p: outside.pull(jnp.where(here[None], 0, d_p)),
             )
 
+        named_N = jnp.where(reading.conditional, jnp.minimum(jnp.sum(masses[0], axis=1), 1), 1)
         return compare(
-            functools.partial(mixed, temperature, masses[0]), functools.partial(mixed, jnp.float32(1), masses[1])
+            functools.partial(mixed, temperature, masses[0]),
+            functools.partial(mixed, jnp.float32(1), masses[1]),
+            named_N,
         )
 
     def none_inside():

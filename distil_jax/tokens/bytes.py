@@ -94,6 +94,7 @@ class ByteTable:
 
         self.lengths: PerIdInt = np.fromiter(map(len, pieces), np.int32, self.vocab_size)
         self.is_text: PerIdBool = self.lengths > 0
+        self._pieces = pieces
         self._flat = np.frombuffer(b"".join(pieces), np.uint8)
         self._offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
         self._is_fallback = is_fallback & self.is_text
@@ -150,7 +151,7 @@ class ByteTable:
         """Bytes of id `i`; b"" for a control token. IndexError outside the vocabulary."""
         if not 0 <= i < self.vocab_size:
             raise IndexError(f"id {i} is outside the vocabulary of {self.vocab_size}")
-        return self._flat[self._offsets[i] : self._offsets[i + 1]].tobytes()
+        return self._pieces[i]
 
     def id_of(self, piece: bytes) -> int | None:
         """The text id with exactly these bytes, or None.
@@ -198,9 +199,9 @@ class ByteTable:
         sound = [n for n, error in enumerate(results) if error is None]
         encoded = self._tokenizer.encode_batch_fast([texts[n] for n in sound], add_special_tokens=False)
         for n, encoding in zip(sound, encoded, strict=True):
-            ids = np.array(encoding.ids, np.int32)
-            want, got = texts[n].encode(), self.gather_bytes(ids).tobytes()
-            results[n] = ids if want == got else _round_trip_error(want, got)
+            ids = encoding.ids
+            want, got = texts[n].encode(), b"".join(map(self._pieces.__getitem__, ids))
+            results[n] = np.array(ids, np.int32) if want == got else _round_trip_error(want, got)
         return results
 
 

@@ -1,7 +1,8 @@
 """`make_examples` over processes: the same examples and errors, in the same order, for any number of them.
 
-Encoding takes threads as it is (the tokenizers library), so that processes share only what Python does around it. Each
-one loads both tables for itself, some seconds for vocabularies of 100,000 and more: they pay for large corpora alone.
+Encoding takes threads as it is (the tokenizers library), four fifths of the work and more, so that processes share the
+rest, which is Python's. Each of them loads both tables, two to three seconds and 370 MB for Gemma 3 and Llama 3. They
+pay for large corpora on more than two cores (bench/tokens.py).
 """
 
 import multiprocessing
@@ -18,7 +19,7 @@ from distil_jax.errors import UserError
 from distil_jax.tokens.bytes import ByteTable
 from distil_jax.tokens.pack import Example, make_examples
 
-POOL_PAYS = 16_000_000  # characters below which more processes start later than this one is done
+POOL_PAYS = 32_000_000  # characters below which this process alone is as fast, or uses less for the same
 _ROWS = 512  # documents that a process takes at a time
 _FIELDS = {
     "student_tokens": "student",
@@ -47,8 +48,9 @@ def examples_of(
 ) -> tuple[list[Example], list[tuple[int, UserError]]]:
     """`make_examples(rows, student, teacher)`, by so many processes.
 
-    processes: 1: this one; n: n others; 0: as many others as there are cores, or this one if the text is too short for
-      that to pay (POOL_PAYS). A script that asks for others must guard its main module, as Python's spawn needs.
+    processes: 1: this one; n: n others; 0: as many others as there are cores, or this one if that does not pay: for
+      less text than POOL_PAYS, or on one or two cores. A script that asks for others must guard its main module, as
+      Python's spawn needs.
 
     UserError if a process dies, for example for want of memory.
     """
@@ -57,14 +59,18 @@ def examples_of(
     if processes == 0:
         length = sum(_characters(row) for row in rows)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        processes = cores if length >= POOL_PAYS else 1
+        processes = cores if length >= POOL_PAYS and cores > 2 else 1
     chunks = [(start, rows[start : start + _ROWS]) for start in range(0, len(rows), _ROWS)]
     processes = min(processes, len(chunks))
-    if processes <= 1:
-        return make_examples(rows, student, teacher)
-
     examples: list[Example] = []
     rejected: list[tuple[int, UserError]] = []
+    if processes <= 1:
+        for chunk in chunks:  # in pieces here too: what the encoder returns takes 100 bytes a token until it is read
+            found, refused = _examples(chunk, student, teacher)
+            examples.extend(found)
+            rejected.extend(refused)
+        return examples, rejected
+
     tables = pickle.dumps({"student": student, "teacher": teacher})  # once, not once for each process
     # Not fork: JAX has threads, and their locks would stay shut in a copy.
     context = multiprocessing.get_context("spawn")
@@ -86,15 +92,23 @@ def _characters(row: Mapping[str, Any]) -> int:
     return len(row["prompt"]) + len(row["completion"]) + said
 
 
+def _examples(
+    chunk: tuple[int, Sequence[Mapping[str, Any]]], student: ByteTable, teacher: ByteTable
+) -> tuple[list[Example], list[tuple[int, UserError]]]:
+    """`make_examples` of a chunk, (number of its first row, its rows), with the rows' own numbers."""
+    start, rows = chunk
+    numbered = [{"document": start + n} | dict(row) for n, row in enumerate(rows)]
+    examples, rejected = make_examples(numbered, student, teacher)
+    return examples, [(start + n, error) for n, error in rejected]
+
+
 def _start(tables: bytes) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes have the cores already
     _tables.update(pickle.loads(tables))
 
 
 def _work(chunk: tuple[int, Sequence[Mapping[str, Any]]]) -> _Bundle:
-    start, rows = chunk
-    numbered = [{"document": start + n} | dict(row) for n, row in enumerate(rows)]
-    examples, rejected = make_examples(numbered, _tables["student"], _tables["teacher"])
+    examples, rejected = _examples(chunk, _tables["student"], _tables["teacher"])
     return _Bundle(
         columns={field: np.concatenate([e[field] for e in examples]) for field in _FIELDS if examples},
         ends={
@@ -103,7 +117,7 @@ def _work(chunk: tuple[int, Sequence[Mapping[str, Any]]]) -> _Bundle:
         },
         specialties=[e["specialty"] for e in examples],
         documents=[e["document"] for e in examples],
-        rejected=[(start + n, error) for n, error in rejected],
+        rejected=rejected,
     )
 
 
