@@ -115,7 +115,8 @@ def distill(
     `TopKTeacher`, only the teacher's K likeliest tokens are projected; where rows of W leave a remainder, they are
     projected without it. D then compares the tokens that are reached and one cell for all others, which holds the rest
     of both distributions. At a target inside or across the teacher's tokens (`Teacher.reading`) only the share of the
-    teacher's mass that has a name counts as its KL weight; the other share stays with cross-entropy. Weights are final: whoever calls has divided them by the global sum.
+    teacher's mass that has a name counts as its KL weight; the other share stays with cross-entropy. Weights are final:
+    whoever calls has divided them by the global sum.
 
     The gradient flows into `hidden_BxLxD`, `unembedding_VsxD` and the weights of the projection; the last two are
     formed only where they are asked for (a frozen embedding is not). That of W takes its rows to sum to 1, as a softmax
@@ -427,8 +428,8 @@ def _add_outer(
 
 
 def _taught(spec, wanted, teacher, w_kl, per_token, labels_N, z_VxN, temperature):
-    """The divergence at the temperature of the step, KL(p || s) at temperature 1, the gradient of the first, how much of
-    each token's weight the teacher takes, and what the block adds to the gradient of W."""
+    """The divergence at the temperature of the step, KL(p || s) at temperature 1, the gradient of the first, how much
+    of each token's weight the teacher takes, and what the block adds to the gradient of W."""
     rows, shards = z_VxN.shape[0], spec.shards
     all_N = jnp.ones_like(w_kl)
 
