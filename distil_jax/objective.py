@@ -209,11 +209,10 @@ class Loss:
 
     def _spoken_about(self, batch: Batch) -> Bool[Array, "B L"]:
         """The targets that the teacher says something about."""
-        return {
-            "roots": batch["role"] == ROOT,
-            "boundaries": (batch["role"] != NONE) & (batch["offset"] == 0),
-            "all": batch["role"] != NONE,
-        }[self.objective.positions]
+        if self.objective.positions == "roots":
+            return batch["role"] == ROOT
+        known = batch["role"] != NONE
+        return known & (batch["offset"] == 0) if self.objective.positions == "boundaries" else known
 
     def _online(
         self, frozen: Frozen, projection: Any, batch: Batch, temperature: Float[Array, ""], observe: Sequence[int]
@@ -227,7 +226,8 @@ class Loss:
                 batch, frozen.inside.prefixes, hidden, temperature, self._likelihood(unembedding)
             )
         here = jnp.take_along_axis(hidden, batch["teacher_position"][..., None], axis=1)
-        return head.Teacher(here, rows, projection, reading, frozen.inside if reading else None), seen
+        inside = frozen.inside if reading else None
+        return head.Teacher(here, rows, projection, _following(batch), reading, inside), seen
 
     def _likelihood(self, unembedding: Any) -> conditional.Likelihood:
         """What the teacher's tokens have cost it."""
@@ -246,7 +246,9 @@ class Loss:
         def log_probs(tau):
             return here(stored.log_probs(batch["score_codes"], batch["score_rest"], o.scores, tau))
 
-        return head.TopKTeacher(here(batch["score_ids"]), log_probs(temperature), log_probs(1.0), projection)
+        return head.TopKTeacher(
+            here(batch["score_ids"]), log_probs(temperature), log_probs(1.0), projection, _following(batch)
+        )
 
     def _weights(self, frozen: Frozen, batch: Batch) -> Float[Array, "B L"]:
         """The weight of each token, before it is divided by their sum."""
@@ -270,6 +272,11 @@ class Loss:
         )
         hidden, seen = hidden if observe else (hidden, None)
         return hidden, model.unembedding(params), seen
+
+
+def _following(batch: Batch) -> Int[Array, "B L"]:
+    """The teacher's token that begins where, or before, the student's target does."""
+    return jnp.take_along_axis(batch["teacher_targets"], batch["teacher_position"], axis=1)
 
 
 def _metrics(batch, side, out, taught, frozen) -> dict[str, Any]:

@@ -112,14 +112,12 @@ def reference(c, tau):
                 mass *= everything[r, j, b["teacher_targets"][r, j]]
                 left = left[len(last) :]
             before = text[: len(text) - len(left)]
-            whole = len(left) == len(last)
-            for v in np.flatnonzero(named[r, j]):
-                if whole and v == b["teacher_targets"][r, j] or not whole and spelled[v].startswith(left):
-                    p[t] += mass * named[r, j, v]
+            p[t] += q[v_i]
             for v in np.argsort(-named[r, j], kind="stable")[: conditional.LIKELIEST]:
                 u = student.id_of(before + spelled[v]) if spelled[v] and v == teacher.id_of(spelled[v]) else None
                 if u is not None and u != t:
                     p[u] += mass * named[r, j, v]
+                    p[t] -= mass * named[r, j, v]
         found[r, n] = p
     return found
 
@@ -139,7 +137,9 @@ def run(c, tau, mesh=None, kind="forward", block=16):
         states = jnp.asarray(c["teacher_hidden"])
         reading = conditional.read(batch, tables.prefixes, states, jnp.float32(tau), likelihood)
         at = batch["teacher_position"][..., None]
-        teacher = head.Teacher(jnp.take_along_axis(states, at, axis=1), rows_of(Et, table), table, reading, tables)
+        following = jnp.take_along_axis(batch["teacher_targets"], batch["teacher_position"], axis=1)
+        here = jnp.take_along_axis(states, at, axis=1)
+        teacher = head.Teacher(here, rows_of(Et, table), table, following, reading, tables)
         return head.distill(
             hidden, E, batch["student_targets"], jnp.zeros_like(weights), teacher=teacher, kl_weights_BxL=weights,
             temperature=tau, divergence=kind, block=block, mesh=mesh,

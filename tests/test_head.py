@@ -51,6 +51,7 @@ def make_case(leaving=False):
         rest=np.where(W.any(1), 1 - W.sum(1), 0) * leaving,
         table=(teacher_ids, student_ids, W[teacher_ids, student_ids]),
         slots=teacher_ids * (VS + 1) + student_ids,
+        tokens=r.integers(0, TEXT_VT, size=(B, L)),
     )
 
 
@@ -89,12 +90,13 @@ def table_of(c):
     )  # fmt: skip
 
 
-def teacher_of(c, mesh=None):
+def teacher_of(c, mesh=None, taken=False):
     table = place(table_of(c), Shards.of(mesh))
-    return Teacher(jnp.float32(c["teacher_hidden"]), rows_of(jnp.float32(c["Et"]), table), table)
+    tokens = jnp.int32(c["tokens"]) if taken else None
+    return Teacher(jnp.float32(c["teacher_hidden"]), rows_of(jnp.float32(c["Et"]), table), table, tokens)
 
 
-def named_teacher_of(c, tau, k):
+def named_teacher_of(c, tau, k, taken=False):
     """What a store of the teacher's k likeliest tokens holds, made in float64."""
     t = (c["teacher_hidden"] @ c["Et"].T)[..., :TEXT_VT]
     ids = np.argsort(-t, axis=-1)[..., :k]
@@ -102,7 +104,8 @@ def named_teacher_of(c, tau, k):
     slots = np.argsort(c["W"] == 0, axis=1, kind="stable")[:, :4]
     weights = np.take_along_axis(c["W"], slots, axis=1)
     rows = ProjectionRows(jnp.int32(np.where(weights > 0, slots, -1)), jnp.float32(weights))
-    return TopKTeacher(jnp.int32(ids), *map(jnp.float32, logs), rows)
+    tokens = jnp.int32(c["tokens"]) if taken else None
+    return TopKTeacher(jnp.int32(ids), *map(jnp.float32, logs), rows, tokens)
 
 
 def run(c, tau, smoothing=0.0, block=512, mesh=None, kd=True, teacher=None, **options):
@@ -131,8 +134,9 @@ def softmax_of_support(logits_VtxVs1, W):
     return jnp.where(W > 0, jax.nn.softmax(jnp.where(W > 0, logits_VtxVs1, -1e30), axis=1), 0)
 
 
-def plain(c, tau, kind, skew, k):
-    """The loss written down with whole matrices and differentiated by JAX in float64."""
+def plain(c, tau, kind, skew, k, taken=False):
+    """The loss written down with whole matrices and differentiated by JAX in float64. taken: the mass of the teacher's
+    token goes to the label."""
     with jax.enable_x64(True):
         x = {name: jnp.asarray(value) for name, value in c.items() if name != "table"}
 
@@ -144,6 +148,9 @@ def plain(c, tau, kind, skew, k):
             if k:
                 q = jnp.where(t >= jnp.sort(t)[..., -k][..., None], q, 0)
             p, s = q @ W, jax.nn.softmax(z / tau)
+            if taken:
+                q_taken = jnp.take_along_axis(q, x["tokens"][..., None], axis=-1)
+                p = p + q_taken * (jnp.eye(TEXT_VS)[x["labels"]] - W[x["tokens"]])
             u = jnp.full(p.shape, 1 / TEXT_VS)
             if k or c["rest"].any():  # cells: the tokens reached, and one for all others
                 on = p > 0
@@ -201,6 +208,19 @@ def test_what_rows_leave_is_compared_as_one_cell(leaving, kind, k):
     close(leaving, run(leaving, 3.0, block=7, divergence=kind, skew=skew, top_k=k), expected)
     with jax.set_mesh(mesh := make_mesh(2, 2, 2)):
         close(leaving, run(leaving, 3.0, block=7, divergence=kind, skew=skew, top_k=k, mesh=mesh), expected)
+
+
+@pytest.mark.parametrize("which, k", [("case", 0), ("case", 5), ("leaving", 0), ("leaving", 5)])
+def test_the_mass_of_the_token_that_follows_goes_to_the_label(request, which, k):
+    """Whatever W says of it; from entries, from placed entries and from rows."""
+    c = request.getfixturevalue(which)
+    expected = plain(c, 3.0, "forward", 0.1, k, taken=True)
+    close(c, run(c, 3.0, block=7, top_k=k, teacher=teacher_of(c, taken=True)), expected)
+    with jax.set_mesh(mesh := make_mesh(2, 2, 2)):
+        many = run(c, 3.0, block=7, top_k=k, teacher=teacher_of(c, mesh, taken=True), mesh=mesh)
+    close(c, many, expected)
+    if k and which == "case":
+        close(c, run(c, 3.0, block=7, teacher=named_teacher_of(c, 3.0, k, taken=True)), expected)
 
 
 CASES = [(kind, 5, None) for kind in KINDS] + [("forward", 0, None), ("forward", 5, (2, 2, 2)), ("jsd", 0, (2, 2, 2))]

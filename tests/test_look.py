@@ -184,8 +184,8 @@ def brought(tmp_path_factory):
     (folder / "made").mkdir()
     made = Workdir(loaded(config_in(folder / "made")))
     rng = np.random.default_rng(0)
-    for side, train in prepare.TRAIN_TOKENIZER.items():
-        train(texts, made.config[side].vocab_size, made / "tokenizers" / side)
+    for side in ("teacher", "student"):
+        prepare.train_tokenizer(made.config, side, texts, made / "tokenizers" / side)
         model = learners.description(made, side)
         params = jax.tree.map(
             lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), "float32"), model.abstract_params()

@@ -6,11 +6,11 @@ Let the student's next token t begin after o bytes of teacher token i, and let w
               q(v | w) = q_i(v) / sum_{v' begins with w} q_i(v'). What v has left after w is cut by the student's own
               BPE; its first piece gets the mass. A v that is w and nothing more says nothing about t.
     across    t ends inside or with a later teacher token j. Along the way that the teacher really took,
-              m = q(v_i | w) prod_{i < k < j} q_k(v_k), and t and the student tokens that leave the way within j get
-              m q_j(v): for numbers, all that share the digits so far. What leaves the way at i counts as above. So t
-              gets a lower bound of its mass (chain rule), the others theirs.
+              m = q(v_i | w) prod_{i < k < j} q_k(v_k), the student tokens that leave the way within j get m q_j(v): for
+              numbers, all that share the digits so far. What leaves the way at i counts as above. What is left of
+              q(v_i | w) is t's: of the ways that part between, what is known is that t came out (kd.Taken).
 
-All mass that is not named is one remainder cell, so that nothing is claimed of tokens the teacher did not speak about
+Mass that is not named is one remainder cell, so that nothing is claimed of tokens the teacher did not speak about
 (divergence.divergence). Only other ways of writing the same bytes w are left out, as a teacher trained on its own
 tokenization hardly ever writes them.
 """
@@ -48,7 +48,6 @@ class Reading(NamedTuple):
     offset: Int[Array, "*n"]  # o
     token: Int[Array, "*n"]  # teacher token i
     last_hidden: Float[Array, "*n Dt"]  # the state that predicts token j
-    last_token: Int[Array, "*n"]
     before_last: Int[Array, "*n"]  # bytes of t before token j
     between: Float[Array, "*n"]  # log prod_{i < k < j} q_k(v_k), at the temperature of the step
     between1: Float[Array, "*n"]  # and at temperature 1
@@ -83,7 +82,6 @@ def read(
         offset=batch["offset"],
         token=take(tokens, at),
         last_hidden=jnp.take_along_axis(hidden_BxLtxDt, last[..., None], axis=1),
-        last_token=take(tokens, last),
         before_last=before_last,
         between=jax.lax.cond(temperature == 1, lambda: at_1, lambda: between(temperature)),
         between1=at_1,
@@ -158,7 +156,7 @@ def cells(
 
     t, last: the teacher's logits where it predicts i and j. target: t. A token may come more than once.
     """
-    o, i, j = reading.offset, reading.token, reading.last_token
+    o, i = reading.offset, reading.token
     tables, W = tables
     rank_Rx1 = tables.rank[jnp.minimum(rows.ids_R, len(tables.rank) - 1)][:, None]
 
@@ -189,8 +187,6 @@ def cells(
     node = tables.student_start[target_N] + jnp.minimum(n, tables.student_length[target_N] - 1)
     completed_NxK = _completed(tables, tables.split_low[node], tables.split_high[node], last_tokens_NxK)
     completed_NxK = jnp.where((completed_NxK == target_N[:, None]) | ~reading.across[:, None], _NONE, completed_NxK)
-    ends_inside = n + tables.length[j] > tables.student_length[target_N]
-    written = range_of(j, tables.student_length[target_N] - n)  # the teacher's tokens that write the last bytes of t
 
     ids_NxC = jnp.concatenate(
         [
@@ -202,17 +198,16 @@ def cells(
     )
 
     def masses(temperature, between_N):
-        log_q = values_NxK / temperature - rows.log_sum_exp(t_RxN / temperature, begins)[:, None]
-        way_N = (
-            rows.of(t_RxN, i) / temperature - rows.log_sum_exp(t_RxN / temperature, begins) + between_N
-        )  # what is left of the teacher's mass where j begins
-        all_N = rows.log_sum_exp(last_RxN / temperature, rows.counted_R[:, None])
-        t_N = jnp.where(
-            ends_inside, rows.log_sum_exp(last_RxN / temperature, written), rows.of(last_RxN, j) / temperature
-        )
-        log_last = way_N[:, None] + last_values_NxK / temperature - all_N[:, None]
-        mass_NxKxk = jnp.exp(log_q)[..., None] * share_NxKxk
-        parts = [mass_NxKxk.reshape(len(o), -1), jnp.exp(log_last), jnp.exp(way_N + t_N - all_N)[:, None]]
+        all_N = rows.log_sum_exp(t_RxN / temperature, begins)
+        log_q = values_NxK / temperature - all_N[:, None]
+        log_i_N = rows.of(t_RxN, i) / temperature - all_N
+        log_way_N = log_i_N + between_N  # what is left of the teacher's mass where j begins
+        last_N = rows.log_sum_exp(last_RxN / temperature, rows.counted_R[:, None])
+        log_last = (log_way_N - last_N)[:, None] + last_values_NxK / temperature
+        beside_NxK = jnp.where(completed_NxK >= 0, jnp.exp(log_last), 0)
+        t_N = jnp.maximum(jnp.exp(log_i_N) - jnp.sum(beside_NxK, axis=1), 0)
+        first_NxKxk = jnp.exp(log_q)[..., None] * share_NxKxk
+        parts = [first_NxKxk.reshape(len(o), -1), beside_NxK, t_N[:, None]]
         return jnp.where(ids_NxC >= 0, jnp.concatenate(parts, axis=1), 0)
 
     return ids_NxC, tuple(

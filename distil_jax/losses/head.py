@@ -25,7 +25,16 @@ from jaxtyping import Array, Float, Int
 
 from distil_jax.losses import conditional
 from distil_jax.losses.divergence import divergence
-from distil_jax.losses.kd import PlacedTable, ProjectionRows, ProjectionTable, Target, full_target, named_target, scored
+from distil_jax.losses.kd import (
+    PlacedTable,
+    ProjectionRows,
+    ProjectionTable,
+    Taken,
+    Target,
+    full_target,
+    named_target,
+    scored,
+)
 from distil_jax.losses.vocabulary import Shards, text_rows
 from distil_jax.models.int8 import Int8, dequantize
 from distil_jax.models.layers import unembed
@@ -40,6 +49,7 @@ class Teacher(NamedTuple):
     hidden_BxLxDt: Float[Array, "B L Dt"]
     rows_RxDt: Float[Array, "R Dt"]  # kd.rows_of its unembedding; the unembedding itself on one device
     projection: ProjectionTable | PlacedTable
+    tokens_BxL: Int[Array, "B L"] | None = None  # the teacher's tokens that follow (kd.Taken); None: W alone
     reading: conditional.Reading | None = None  # [B, L]: targets where the tokenizations have no common boundary
     tables: conditional.Tables | None = None  # with which these are made
 
@@ -51,6 +61,7 @@ class TopKTeacher(NamedTuple):
     log_probs_BxLxK: Float[Array, "B L K"]  # log q at the temperature of the step
     log_probs1_BxLxK: Float[Array, "B L K"]  # log q at temperature 1
     projection: ProjectionRows
+    tokens_BxL: Int[Array, "B L"] | None = None  # as of Teacher
 
 
 class HeadOutput(NamedTuple):
@@ -228,8 +239,8 @@ def _on_mesh(spec, wanted, hidden, unembedding, labels, ce_weights, kl_weights, 
         projection = PlacedTable.specs(spec.shards, rest=teacher.projection.rest is not None)
     teacher_specs = {
         type(None): None,
-        Teacher: Teacher(tokens, cut, projection, tokens, whole),
-        TopKTeacher: TopKTeacher(tokens, tokens, tokens, whole),
+        Teacher: Teacher(tokens, cut, projection, tokens, tokens, whole),
+        TopKTeacher: TopKTeacher(tokens, tokens, tokens, whole, tokens),
     }[type(teacher)]
     if isinstance(unembedding, Int8):  # scored, never learned: dealt out in the dtype of what it meets
         unembedding = dequantize(unembedding).astype(hidden.dtype)
@@ -347,8 +358,8 @@ def _stream(
 def _per_token(teacher: Teacher | TopKTeacher | None) -> Any:
     """The part of a teacher that has a value for each token."""
     if isinstance(teacher, TopKTeacher):
-        return teacher[:3]
-    return None if teacher is None else (teacher.hidden_BxLxDt, teacher.reading)
+        return (*teacher[:3], teacher.tokens_BxL)
+    return None if teacher is None else (teacher.hidden_BxLxDt, teacher.tokens_BxL, teacher.reading)
 
 
 def _block(spec, wanted, unembedding_VxD, teacher, temperature, one, sums):
@@ -446,13 +457,15 @@ def _taught(spec, wanted, teacher, w_kl, per_token, labels_N, z_VxN, temperature
         return value, value1, gradient, share_N, d_weights
 
     if isinstance(teacher, TopKTeacher):
-        ids, log_probs, log_probs1 = per_token
-        at = lambda log_probs: named_target(ids, log_probs, teacher.projection, rows, shards)  # noqa: E731
+        ids, log_probs, log_probs1, tokens_N = per_token
+        taken = None if tokens_N is None else Taken(tokens_N, labels_N)
+        at = lambda log_probs: named_target(ids, log_probs, teacher.projection, rows, shards, taken)  # noqa: E731
         return compare(functools.partial(at, log_probs), functools.partial(at, log_probs1))
 
-    hidden_NxDt, reading = per_token
+    hidden_NxDt, tokens_N, reading = per_token
+    taken = None if tokens_N is None else Taken(tokens_N, labels_N)
     t_RxN = scored(hidden_NxDt, teacher.rows_RxDt, teacher.projection)
-    full = full_target(t_RxN, teacher.projection, rows, top_k=spec.top_k, shards=shards)
+    full = full_target(t_RxN, teacher.projection, rows, top_k=spec.top_k, taken=taken, shards=shards)
     if reading is None:
         return compare(functools.partial(full, temperature), functools.partial(full, jnp.float32(1)))
 

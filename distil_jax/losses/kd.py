@@ -218,19 +218,36 @@ def counted(table: ProjectionTable | PlacedTable, rows: int) -> Bool[Array, " R"
     return _fit(table.mapped, rows) if isinstance(table, ProjectionTable) else table.first
 
 
+class Taken(NamedTuple):
+    """What really follows: the teacher's token and the student's, which begin at the same byte.
+
+    What W says of that teacher token is known better: its mass goes to this student token. W guesses what it becomes
+    from the token alone, but whether the digit 5 is a number or begins one is in the text. Where the text is as the
+    teacher expects it, the target stays right on average.
+    """
+
+    token_N: Int[Array, " N"]
+    label_N: Int[Array, " N"]
+
+    def add(self, p_VxN: Float[Array, "V N"], mass_N: Float[Array, " N"], shards: Shards) -> Float[Array, "V N"]:
+        """A mass on the student's token of each column."""
+        return p_VxN + jnp.where(shards.ids(p_VxN.shape[0])[:, None] == self.label_N[None], mass_N[None], 0)
+
+
 def full_target(
     t_RxN: Float[Array, "R N"],
     table: ProjectionTable | PlacedTable,
     student_rows: int,
     *,
     top_k: int = 0,
+    taken: Taken | None = None,
     shards: Shards = Shards(),  # noqa: B008
 ):
     """`at(temperature) -> Target` for the whole distribution of the teacher, from its `scored` logits: softmax first,
     then W, with which a temperature does not commute.
 
     top_k: only the teacher's K likeliest tokens (and what equals the K-th) are projected; the mass of the others is the
-    remainder, with what the rows of W leave.
+    remainder, with what the rows of W leave. taken: what really follows (`Taken`).
 
     `pull` takes the rows of W to sum to 1 whatever their weights, as a softmax makes them: the normaliser then does not
     depend on W, and a gradient counts against that of the remainder (divergence.divergence).
@@ -242,6 +259,8 @@ def full_target(
         ordered, floor_N = floor_of_largest(t_RxN, ones_Rx1, top_k, shards.sum)
         kept = ordered >= floor_N[None]
     largest_N = shards.max(jnp.max(t_RxN, axis=0))
+    ids_R = jnp.arange(t_RxN.shape[0]) if whole else table.teacher_ids
+    taken_RxN = None if taken is None else ids_R[:, None] == taken.token_N[None]
 
     def at(temperature):
         e_RxN = jnp.exp((t_RxN - largest_N[None]) / temperature)
@@ -253,16 +272,26 @@ def full_target(
         total_N, rest_N = shards.sum(total_N), None
         if kept is not None:
             e_RxN, share_RxN = jnp.where(kept, e_RxN, 0), jnp.where(kept, share_RxN, 0)
+            left_RxN = None if left_RxN is None else jnp.where(kept, left_RxN, 0)
+        known_N = 0.0  # the mass of the token that follows, which needs no W
+        if taken is not None:
+            with_rest = share_RxN if whole or left_RxN is None else share_RxN + left_RxN
+            known_N = shards.sum(jnp.sum(jnp.where(taken_RxN, with_rest, 0), axis=0))
+            e_RxN, share_RxN = jnp.where(taken_RxN, 0, e_RxN), jnp.where(taken_RxN, 0, share_RxN)
+            left_RxN = None if left_RxN is None else jnp.where(taken_RxN, 0, left_RxN)
+        if kept is not None:
             named_N = jnp.sum(share_RxN, axis=0)
             if left_RxN is not None and whole:
-                named_N -= jnp.sum(jnp.where(kept, left_RxN, 0), axis=0)
-            rest_N = jnp.maximum(1 - shards.sum(named_N) / total_N, 0)
+                named_N -= jnp.sum(left_RxN, axis=0)
+            rest_N = jnp.maximum(1 - (shards.sum(named_N) + known_N) / total_N, 0)
         elif left_RxN is not None:
             rest_N = shards.sum(jnp.sum(left_RxN, axis=0)) / total_N
         if whole:
             mass_VxN = project(e_RxN, table, student_rows)
         else:
             mass_VxN = table.gather(share_RxN, student_rows, shards)
+        if taken is not None:
+            mass_VxN = taken.add(mass_VxN, known_N, shards)
 
         def pull(d_p_VxN):
             per_e = d_p_VxN / total_N[None]
@@ -281,15 +310,23 @@ def named_target(
     rows: ProjectionRows,
     student_rows: int,
     shards: Shards = Shards(),  # noqa: B008
+    taken: Taken | None = None,
 ) -> Target:
     """The same for a teacher of which K tokens are known: their mass through W, and 1 less that mass."""
     ids_NxKxk = rows.ids[ids_NxK]
+    known_N = 0.0
+    if taken is not None:
+        is_taken = ids_NxK == taken.token_N[:, None]
+        known_N = jnp.sum(jnp.where(is_taken, jnp.exp(log_probs_NxK.astype(jnp.float32)), 0), axis=1)
+        ids_NxKxk = jnp.where(is_taken[..., None], EMPTY, ids_NxKxk)
     here = (ids_NxKxk >= 0) & (ids_NxKxk % shards.size == shards.index())
     q_NxKx1 = jnp.exp(log_probs_NxK.astype(jnp.float32))[..., None]
     at = jnp.where(here, ids_NxKxk // shards.size, student_rows)  # what is not here falls off the end
     columns = jax.lax.broadcasted_iota(jnp.int32, at.shape, 0)
     p_VxN = jnp.zeros((student_rows, len(ids_NxK)), jnp.float32)
     p_VxN = p_VxN.at[at, columns].add(q_NxKx1 * rows.weights[ids_NxK], mode="drop")
+    if taken is not None:
+        p_VxN = taken.add(p_VxN, known_N, shards)
 
     def pull(d_p_VxN):
         d_mass = d_p_VxN.at[at, columns].get(mode="fill", fill_value=0)
