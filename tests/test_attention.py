@@ -16,6 +16,7 @@ from distil_jax.models import hub
 from distil_jax.tokens.bytes import ByteTable
 from distil_jax.tokens.pack import make_example, pack
 
+
 AWKWARD = (
     ("Dose: 12.5 mg/kg, 3 times", " every 24 hours\r\n\tα-blocker \U0001f9ec  x"),
     ("次の問題 ", "答えは 1234567 é e\u0301 \u200b end"),

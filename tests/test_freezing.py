@@ -13,6 +13,8 @@ from distil_jax.models import hub
 from distil_jax.objective import Frozen, Loss, Objective
 from distil_jax.step import init_state, make_optimizer, make_step
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 B, L, V = 8, 12, 53
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
 SIZES |= {"num_key_value_heads": 1, "vocab_size": V, "tie_word_embeddings": True, "sliding_window": 4}

@@ -15,6 +15,8 @@ from distil_jax.models import model_from_config
 from distil_jax.models.int8 import Int8, cast, quantize
 from distil_jax.sharding import make_mesh, param_shardings
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
 CONFIGS = {
     "gemma3_text": SIZES | {"num_hidden_layers": 3, "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8},

@@ -23,6 +23,8 @@ from distil_jax.objective import Frozen, Loss, Objective
 from distil_jax.step import init_state, make_optimizer, make_step
 from distil_jax.workdir import Workdir
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 TARGETS = "layers.attention,layers.mlp"
 RANK, SCALE = 4, 2.0
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 8}

@@ -16,6 +16,8 @@ from distil_jax.objective import Frozen, Loss, Objective
 from distil_jax.step import init_state, make_optimizer, make_step
 from distil_jax.tokens.align import CROSSING, NONE, ROOT
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 B, L, VS, VT = 8, 12, 29, 41
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
 SIZES["num_key_value_heads"] = 1

@@ -22,6 +22,8 @@ from distil_jax.step import LOG_WEIGHTS, gradient, init_state, make_optimizer, m
 from distil_jax.tokens.align import CROSSING, NONE, ROOT
 from distil_jax.train import placed
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 B, L, VS, VT, S = 16, 12, 40, 48, 3
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
 SIZES |= {"num_key_value_heads": 2, "tie_word_embeddings": True}
