@@ -16,6 +16,8 @@ from distil_jax.models import hub
 from distil_jax.tokens.bytes import ByteTable
 from distil_jax.tokens.pack import make_example, pack
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 
 AWKWARD = (
     ("Dose: 12.5 mg/kg, 3 times", " every 24 hours\r\n\tα-blocker \U0001f9ec  x"),

@@ -88,7 +88,11 @@ def test_the_loss_is_its_formula(models, batch, frozen):
         return z - np.log(np.exp(z).sum(-1, keepdims=True))
 
     at = batch["teacher_position"][..., None]
-    p = np.take_along_axis(np.exp(log_softmax(teacher, teacher_params, "teacher", tau)), at, axis=1) @ W
+    q = np.take_along_axis(np.exp(log_softmax(teacher, teacher_params, "teacher", tau)), at, axis=1)
+    # The mass of the teacher token that follows goes to the student's that follows, that of the others through W.
+    follows = np.take_along_axis(batch["teacher_targets"], batch["teacher_position"], axis=1)
+    known = np.take_along_axis(q, follows[..., None], axis=-1)
+    p = q @ W + known * (np.eye(W.shape[1])[batch["student_targets"]] - W[follows])
     s = log_softmax(student, params, "student", tau)
     kl = np.where(p > 0, p * (np.log(np.where(p > 0, p, 1)) - s), 0).sum(-1)
     ce = -np.take_along_axis(log_softmax(student, params, "student", 1), batch["student_targets"][..., None], -1)[

@@ -611,7 +611,11 @@ def test_the_stored_loss_is_its_formula(pair, step):
             continue
         log_q = log_softmax64(t[b, batch["teacher_position"][b, p]][:, None], tau)[:, 0]
         mass = np.zeros(z.shape[-1])
+        follows = batch["teacher_targets"][b, batch["teacher_position"][b, p]]
         for v in np.argsort(-log_q, kind="stable")[:K]:
+            if v == follows:
+                mass[batch["student_targets"][b, p]] += np.exp(log_q[v])
+                continue
             for u, w in zip(W.ids[v], shares[v], strict=True):
                 if u >= 0:
                     mass[u] += np.exp(log_q[v]) * w
