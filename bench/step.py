@@ -77,11 +77,20 @@ def plain_torch(case: Case, fewer: bool) -> Step:
     groups = [{"params": decayed, "weight_decay": DECAY}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(B1, B2), eps=1e-8, fused=True)
 
+    follows = batch["teacher_targets"][row, at][:, None]
+    labels = batch["student_targets"][taught_BxL][:, None]
+
+    def projected(q_NxVt):
+        """Through W, but the mass of the token that follows goes to the student's that follows (kd.Taken)."""
+        known = q_NxVt.gather(1, follows)
+        p_NxVs = (W_VsxVt @ q_NxVt.scatter_(1, follows, 0.0).T).T
+        return p_NxVs.scatter_add(1, labels, known)
+
     def all_logits():
         """The losses of the supervised tokens: cross-entropy, and KL at the taught ones. Whole logits of both."""
         with torch.no_grad():
             scores = teacher(batch["teacher_tokens"]).logits[row, at].masked_fill(unmapped, -torch.inf)
-            p_NxVs = (W_VsxVt @ torch.softmax(scores / tau, dim=1).T).T
+            p_NxVs = projected(torch.softmax(scores / tau, dim=1))
         logits = student(batch["student_tokens"]).logits
         ce_n = F.cross_entropy(logits[supervised_BxL], batch["student_targets"][supervised_BxL], reduction="none")
         return ce_n, F.kl_div(F.log_softmax(logits[taught_BxL] / tau, dim=1), p_NxVs, reduction="sum")
@@ -93,7 +102,7 @@ def plain_torch(case: Case, fewer: bool) -> Step:
             scores_NxVt[:, unmapped] = -torch.inf
             q_NxVt = torch.softmax(scores_NxVt.div_(tau), dim=1)
             del scores_NxVt
-            p_NxVs = (W_VsxVt @ q_NxVt.T).T
+            p_NxVs = projected(q_NxVt)
             del q_NxVt
         states = student.model(batch["student_tokens"]).last_hidden_state[supervised_BxL]
         logits_nxVs = F.linear(states, student.lm_head.weight)
