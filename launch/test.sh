@@ -8,4 +8,5 @@ setup_venv demo,test
 say "ruff check"
 .venv/bin/ruff check .
 say "pytest -q $*"
-exec .venv/bin/python -m pytest -q "$@"
+# A file stays with one process: its fixtures are made once. More than four processes want more memory than they save time.
+exec .venv/bin/python -m pytest -q -n auto --maxprocesses=4 --dist loadfile "$@"
