@@ -159,7 +159,7 @@ def gain(before: Values, after: Values, positions: Positions, *, samples: int = 
 
 
 def piece_sequences(W: "Projection", tables: dict[str, ByteTable]) -> tuple[ProjectionTable, int]:
-    """(W followed by the student's other pieces of each teacher token, how many cells there are).
+    """(W followed by the student's other pieces of each teacher token, how many cells to count with).
 
     A cell is a student token and the bytes of the teacher token that it leaves to the next ones. A student token that
     is longer than the teacher's is a cell for itself: what it goes on with is the next teacher token's affair.
@@ -179,7 +179,7 @@ def piece_sequences(W: "Projection", tables: dict[str, ByteTable]) -> tuple[Proj
             weights=table.weights[order],
             slots=table.slots[order],
         ),
-        len(cells),
+        len(ids),  # at least as many as there are cells: the same for every W with as many entries, so compiled once
     )
 
 

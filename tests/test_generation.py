@@ -17,6 +17,8 @@ from distil_jax.generation import Sampling, complete, engine, generate, sampling
 from distil_jax.models import cache, load_pretrained
 from distil_jax.sharding import make_mesh, param_shardings
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 V = SIZES["vocab_size"]
 LENGTHS = (3, 17, 1, 30)  # prompts shorter and longer than the window of 8
 

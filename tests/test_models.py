@@ -30,6 +30,8 @@ from distil_jax.models import (
 from distil_jax.models.layers import RMSNorm, attend, attention_map, attention_mask, segment_positions
 from distil_jax.objective import Frozen, Loss, Objective
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 SIZES = dict(vocab_size=97, intermediate_size=48, num_attention_heads=4, max_position_embeddings=128)
 LINEAR = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0}
 LLAMA3 = {
