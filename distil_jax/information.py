@@ -82,9 +82,9 @@ def values(
     """What is averaged, at each position.
 
     "kl": KL(q || pi), and the same through a map: "kl_projected", "kl_pieces", "kl_tail" (the teacher's `tail`
-    likeliest tokens). "teacher", "projected", "unigram": -log probability of the token that follows. What W leaves to
-    tokens that it does not name is spread over `unigram`, the student tokens' probabilities in training text. Logits
-    exist for `block` positions at a time.
+    likeliest tokens; left out where that is 0). "teacher", "projected", "unigram": -log probability of the token that
+    follows. What W leaves to tokens that it does not name is spread over `unigram`, the student tokens' probabilities
+    in training text. Logits exist for `block` positions at a time.
     """
     maps = {"projected": (W.table(), W.student_vocab), "pieces": piece_sequences(W, tables)}
     tables_of, sizes = ({name: x[i] for name, x in maps.items()} for i in (0, 1))
@@ -258,6 +258,8 @@ def _values(sizes, tail, hidden_NxDt, teacher_N, student_N, unigram_N, unembeddi
         if name == "projected":
             left = cells[size] * unigram_N if len(cells) > size else 0.0
             found["projected"] = nats_of(take(cells, student_N) + left)
+    if not tail:
+        return found
     top_NxK, ids_NxK = stored.largest(q, min(tail, len(q)))
     pi_NxK = jnp.maximum(pi[ids_NxK], _SMALLEST)
     rest, rest_pi = (jnp.maximum(1 - jnp.sum(x, axis=1), _SMALLEST) for x in (top_NxK, pi_NxK))

@@ -69,9 +69,12 @@ def main(config: ConfigDict) -> dict[str, Any]:
         first_piece = Projection.build(teacher=tables["teacher"], student=tables["student"], k=c.size)
         forms = {"first_piece": first_piece, "built": built, "fitted": fitted, "shuffled": built.shuffled(config.seed)}
         values = {
-            name: information.values(W, positions, unembedding, unigram_Vs=unigram, tables=tables)
+            name: information.values(
+                W, positions, unembedding, unigram_Vs=unigram, tables=tables, tail=64 * (name == "built")
+            )
             for name, W in forms.items()
         }
+        values = {name: {"kl_tail": values["built"]["kl_tail"]} | v for name, v in values.items()}  # whatever W is
         specialties = corpus["specialties"]
         measures = {
             name: information.summary(v, positions, specialties=specialties, **resampled) for name, v in values.items()
