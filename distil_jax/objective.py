@@ -3,8 +3,9 @@
     sum_n w_n (alpha_n CE_n + (1 - alpha_n) tau^2 D_n) / sum_n w_n + beta L_att + lambda |W - W0|^2
 
 over the supervised tokens n of the batch. `w_n` is the weight of the token's specialty. `alpha_n` is per position:
-where the teacher says nothing about the student's token (no shared boundary) cross-entropy carries the whole weight,
-because a token that keeps only a share of its cross-entropy and gets no teacher in exchange is a token half forgotten.
+where the teacher says nothing about the student's token (`positions`) cross-entropy carries the whole weight, and
+inside and across the teacher's tokens it carries the share of the teacher's mass that has no name, because a token that
+keeps only a share of its cross-entropy and gets no teacher in exchange is a token half forgotten.
 Sums are global, so the value does not depend on the mesh or on how documents were packed.
 """
 

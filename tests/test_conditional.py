@@ -1,11 +1,16 @@
 """Targets inside and across the teacher's tokens, against a reference that goes through bytes position by position."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from distil_jax import recipe
+from distil_jax.config import load_config_file
 from distil_jax.data.train_tokenizers import train_gemma_style, train_llama_style
+from distil_jax.errors import UserError
 from distil_jax.losses import conditional, head
 from distil_jax.losses.kd import EMPTY, REST, place, rows_of
 from distil_jax.losses.vocabulary import Shards
@@ -201,6 +206,13 @@ def test_a_mesh_gives_the_numbers_of_one_device(case, kind):
     with jax.set_mesh(mesh := make_mesh(2, 2, 2)):
         many = run(case, 2.0, mesh=mesh, kind=kind, block=8)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-6, atol=2e-6), one, many)
+
+
+def test_another_word_for_the_positions_is_refused():
+    config = load_config_file(str(Path(__file__).resolve().parent.parent / "configs" / "tiny.py"))
+    config.objective.positions = "rots"
+    with pytest.raises(UserError, match="objective.positions is 'rots'.*roots"):
+        recipe.teaching(config.objective, 10)
 
 
 def test_prefix_tables_say_what_the_bytes_say(case):

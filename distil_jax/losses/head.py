@@ -122,8 +122,9 @@ def distill(
     `CE_n` is the cross-entropy of the student's distribution at temperature 1 against `labels` (against the label mixed
     with the uniform distribution if `label_smoothing` > 0; Szegedy et al. 2016, section 7). `q_n` and `s_n` are the
     teacher's and the student's full softmax at `temperature`; the temperature is applied before the projection, with
-    which it does not commute. `D` is one of divergence.KINDS, "forward" for KL(W^T q || s). With `top_k`, or with a
-    `TopKTeacher`, only the teacher's K likeliest tokens are projected; where rows of W leave a remainder, they are
+    which it does not commute. `D` is one of divergence.KINDS, "forward" for KL(W^T q || s). With `tokens_BxL` of the
+    teacher, the mass of the one that follows goes to the label, whatever W says of it (kd.Taken). With `top_k`, or with
+    a `TopKTeacher`, only the teacher's K likeliest tokens are projected; where rows of W leave a remainder, they are
     projected without it. D then compares the tokens that are reached and one cell for all others, which holds the rest
     of both distributions. At a target inside or across the teacher's tokens (`Teacher.reading`) only the share of the
     teacher's mass that has a name counts as its KL weight; the other share stays with cross-entropy. Weights are final:

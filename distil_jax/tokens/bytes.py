@@ -165,6 +165,11 @@ class ByteTable:
             self._id_of = {self.token_bytes(i): i for i in ids[order].tolist()}
         return self._id_of.get(piece)
 
+    def longest_prefix(self, piece: bytes) -> int | None:
+        """The text id with the most bytes that `piece` begins with, or None if there is none even for its first."""
+        found = (self.id_of(piece[:n]) for n in range(len(piece), 0, -1))
+        return next((i for i in found if i is not None), None)
+
     def gather_bytes(self, ids: Ids) -> Bytes:
         """Bytes of the ids, concatenated, uint8."""
         lengths = self.lengths[ids]
@@ -245,20 +250,15 @@ def first_piece_of(pieces: Sequence[bytes], student: ByteTable) -> Ids:
     # Bytes that are not UTF-8 decode to lone surrogates, which the encoder reports like any text it cannot give back.
     encoded = student.try_encode_batch([piece.decode(errors="surrogateescape") for piece in pieces])
     first = [
-        _longest_prefix(piece, student) if isinstance(ids, RoundTripError) else ids[0]
+        student.longest_prefix(piece) if isinstance(ids, RoundTripError) else ids[0]
         for piece, ids in zip(pieces, encoded, strict=True)
     ]
+    if None in first:
+        byte = pieces[first.index(None)][0]
+        raise UserError(
+            f"the student vocabulary has no token for the byte 0x{byte:02X}: it cannot stand for every text"
+        )
     return np.array(first, np.int32)
-
-
-def _longest_prefix(piece: bytes, student: ByteTable) -> int:
-    for n in range(len(piece), 0, -1):
-        found = student.id_of(piece[:n])
-        if found is not None:
-            return found
-    raise UserError(
-        f"the student vocabulary has no token for the byte 0x{piece[0]:02X}: it cannot stand for every text"
-    )
 
 
 def _byte_level_pieces(content: list[str]) -> list[bytes]:

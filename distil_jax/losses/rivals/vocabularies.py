@@ -61,14 +61,9 @@ def longest_prefixes(teacher: ByteTable, student: ByteTable) -> Int[np.ndarray, 
     for t, s in by_role(teacher, student).items():
         ids[t] = s
     for t in np.flatnonzero(teacher.is_text).tolist():
-        ids[t] = longest_prefix(teacher.token_bytes(t), student)
+        found = student.longest_prefix(teacher.token_bytes(t))
+        ids[t] = -1 if found is None else found
     return ids
-
-
-def longest_prefix(piece: bytes, table: ByteTable) -> int:
-    """The longest token that bytes begin with; -1 if the vocabulary lacks even their first byte."""
-    found = (table.id_of(piece[:n]) for n in range(len(piece), 0, -1))
-    return next((i for i in found if i is not None), -1)
 
 
 def pieces(of: ByteTable, by: ByteTable) -> list[list[int]]:
@@ -97,8 +92,8 @@ def pieces(of: ByteTable, by: ByteTable) -> list[list[int]]:
 def _greedy(piece: bytes, table: ByteTable) -> list[int]:
     ids: list[int] = []
     while piece:
-        first = longest_prefix(piece, table)
-        if first < 0:
+        first = table.longest_prefix(piece)
+        if first is None:
             return []
         ids.append(first)
         piece = piece[len(table.token_bytes(first)) :]
