@@ -73,9 +73,9 @@ def alignment(folder: Path, length: int = 2048) -> dict:
     return {"student_tokens": len(student_ids), "align_ms": 1e3 * sorted(runs)[len(runs) // 2]}
 
 
-def prepare(folder: Path, processes: int, megabytes: float, short: bool) -> dict:
+def prepare(folder: Path, megabytes: float, short: bool) -> dict:
     """Examples of so much text: a definition each, or 8,000 characters each."""
-    from distil_jax.tokens.parallel import examples_of
+    from distil_jax.tokens.pack import make_examples
 
     teacher, student = table(folder, GEMMA), table(folder, LLAMA)
     texts = corpus()
@@ -90,7 +90,11 @@ def prepare(folder: Path, processes: int, megabytes: float, short: bool) -> dict
         kept.append({"prompt": "", "completion": text})
         size += len(text)
     start = time.perf_counter()
-    examples, rejected = examples_of(kept, student, teacher, processes)
+    examples, rejected = [], []
+    for first in range(0, len(kept), 512):  # as shard.py does
+        found, refused = make_examples(kept[first : first + 512], student, teacher)
+        examples += found
+        rejected += refused
     seconds = time.perf_counter() - start
     tokens = sum(len(e["student_tokens"]) for e in examples)
     return {"documents": len(examples), "rejected": len(rejected), "tokens": tokens, "prepare_seconds": seconds}
@@ -110,12 +114,10 @@ def _measure(function, arguments, results) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tokenizers", type=Path)
-    parser.add_argument("--processes", default="1,2")
     parser.add_argument("--megabytes", type=float, default=32)
     asked = parser.parse_args()
     measures = [(imports, ()), (tables, ()), (support, ()), (alignment, ())]
-    for short in (True, False):
-        measures += [(prepare, (int(n), asked.megabytes, short)) for n in asked.processes.split(",")]
+    measures += [(prepare, (asked.megabytes, short)) for short in (True, False)]
     context = multiprocessing.get_context("spawn")
     for function, arguments in measures:
         results = context.Queue()

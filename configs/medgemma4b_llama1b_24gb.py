@@ -32,7 +32,12 @@ def get_config() -> ConfigDict:
     c.data.rows_per_shard = 2048
     c.data.chat = "off"  # "on": a prompt is the user's message and its completion the assistant's (docs/chat.md)
     c.data.chat_any_share = False  # True: take conversations of which nothing, or everything, would be learned
-    c.data.processes = 0  # that align the text; 0: as many as cores where that pays; the result is the same
+    c.data.processes = 0  # that clean, tokenise and align the text; 0: as many as cores; the result is the same
+    # How often a source is read (docs/data.md): "name=2, other=0.5"; a temperature above 1 evens the sources out; at
+    # most so many rows of each, 0 for all.
+    c.data.weights = ""
+    c.data.temperature = 1.0
+    c.data.cap = 0
 
     c.teacher = ConfigDict()
     c.teacher.path = "google/medgemma-4b-it"  # a hub id or a Hugging Face directory

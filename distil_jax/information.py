@@ -78,17 +78,19 @@ def values(
     tables: dict[str, ByteTable],
     tail: int = 64,
     block: int = 256,
+    pi_Vt: jax.Array | None = None,
 ) -> Values:
     """What is averaged, at each position.
 
     "kl": KL(q || pi), and the same through a map: "kl_projected", "kl_pieces", "kl_tail" (the teacher's `tail`
     likeliest tokens; left out where that is 0). "teacher", "projected", "unigram": -log probability of the token that
     follows. What W leaves to tokens that it does not name is spread over `unigram`, the student tokens' probabilities
-    in training text. Logits exist for `block` positions at a time.
+    in training text. Logits exist for `block` positions at a time. pi_Vt: `mean_teacher` of these positions, where it
+    is known from another W that maps the same tokens.
     """
     maps = {"projected": (W.table(), W.student_vocab), "pieces": piece_sequences(W, tables)}
     tables_of, sizes = ({name: x[i] for name, x in maps.items()} for i in (0, 1))
-    pi = _mean(_sum_of_q, positions.hidden_NxDt, unembedding_VtxDt, tables_of["projected"].mapped, block)
+    pi = mean_teacher(W, positions, unembedding_VtxDt, block=block) if pi_Vt is None else pi_Vt
     through = {name: _cells(pi[:, None], tables_of[name], sizes[name]) for name in maps}
     unigram_N = unigram_Vs[positions.student_N]
     arrays = positions.hidden_NxDt, positions.teacher_N, positions.student_N, unigram_N.astype(np.float32)
@@ -98,6 +100,11 @@ def values(
     ]
     found = {name: _joined(parts, name, len(unigram_N)) for name in parts[0]}
     return found | {"unigram": -np.log(unigram_N)}
+
+
+def mean_teacher(W: "Projection", positions: Positions, unembedding_VtxDt: Any, *, block: int = 256) -> jax.Array:
+    """`[Vt]`: the mean of the teacher's distributions over the tokens that W maps."""
+    return _mean(_sum_of_q, positions.hidden_NxDt, unembedding_VtxDt, jnp.asarray(W.mapped), block)
 
 
 def sorted_match(

@@ -68,10 +68,10 @@ def main(config: ConfigDict) -> dict[str, Any]:
         resampled = {"samples": config.evaluation.bootstrap, "seed": config.seed}
         first_piece = Projection.build(teacher=tables["teacher"], student=tables["student"], k=c.size)
         forms = {"first_piece": first_piece, "built": built, "fitted": fitted, "shuffled": built.shuffled(config.seed)}
+        common = {"unigram_Vs": unigram, "tables": tables}
+        common["pi_Vt"] = information.mean_teacher(built, positions, unembedding)  # all of them map the same tokens
         values = {
-            name: information.values(
-                W, positions, unembedding, unigram_Vs=unigram, tables=tables, tail=64 * (name == "built")
-            )
+            name: information.values(W, positions, unembedding, tail=64 * (name == "built"), **common)
             for name, W in forms.items()
         }
         values = {name: {"kl_tail": values["built"]["kl_tail"]} | v for name, v in values.items()}  # whatever W is

@@ -136,6 +136,11 @@ class Workdir:
             )
         return found
 
+    def begun(self, stage: str) -> bool:
+        """Whether the folder of the stage is this config's: done, or under way."""
+        mark = self.root / stage / "key"
+        return mark.is_file() and mark.read_text() == self.key(stage)
+
     def begin(self, stage: str) -> "Stage":
         """Starts a stage in its folder. What a run with another key left there is removed; what this key left (a run
         that was interrupted) stays, to be resumed.

@@ -1,5 +1,6 @@
 """Promise: each model reads a conversation in its own format, id for id, and learns what the assistant says alone."""
 
+import itertools
 import json
 
 import numpy as np
@@ -12,7 +13,7 @@ from test_sources import read
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from distil_jax import conversation, prepare
+from distil_jax import conversation, gather, prepare
 from distil_jax.data import sources
 from distil_jax.errors import UserError
 from distil_jax.tokens import chat
@@ -294,7 +295,15 @@ def chat_config(**data) -> ConfigDict:
     return ConfigDict({"data": {"chat": "off", "chat_any_share": False, "files": ""} | data})
 
 
-def test_a_corpus_that_learns_nothing_or_everything_of_its_chats_is_refused_with_the_numbers():
+def test_a_corpus_that_learns_nothing_or_everything_of_its_chats_is_refused_with_the_numbers(tmp_path):
+    folders = itertools.count()
+
+    def check_chat(rows, **settings):
+        held_out = [sources.Row(s, "s", s, "x", "other", "text", "", "plain") for s in ("validation", "test")]
+        folder = tmp_path / str(next(folders))
+        facts = gather.gather(lambda _: [*rows, *held_out], folder, tmp_path / "quarantine.jsonl")
+        prepare.check(chat_config(**settings), facts)
+
     def rows(*texts):
         return [
             sources.Row(str(n), "s", "train", "x", "other", "chat", "", "", messages)
@@ -308,10 +317,10 @@ def test_a_corpus_that_learns_nothing_or_everything_of_its_chats_is_refused_with
         (only_answers, ["100% of", "4 of 4 bytes, in 1 messages: 1 assistant"]),
     ):
         with pytest.raises(UserError) as error:
-            prepare.check_chat(chat_config(), bad)
+            check_chat(bad)
         assert all(part in str(error.value) for part in [*said, "config.data.chat_any_share"]), str(error.value)
-        prepare.check_chat(chat_config(chat_any_share=True), bad)
-    prepare.check_chat(chat_config(), rows(talk("four", "five!")))
-    prepare.check_chat(chat_config(), [sources.Row("1", "s", "train", "x", "other", "text", "", "plain")])
+        check_chat(bad, chat_any_share=True)
+    check_chat(rows(talk("four", "five!")))
+    check_chat([sources.Row("1", "s", "train", "x", "other", "text", "", "plain")])
     with pytest.raises(UserError, match="config.data.chat is 'yes'; use one of 'off', 'on'"):
-        prepare.read_rows(chat_config(chat="yes"), None)
+        prepare.rows_to_read(chat_config(chat="yes"))

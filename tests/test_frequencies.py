@@ -251,11 +251,8 @@ def test_real_splits_share_no_disease_no_series_and_no_text(real, raw):
 def test_a_corpus_that_there_is_not_is_refused_with_the_names_of_those_there_are(tmp_path):
     overrides = ["--config.data.corpus=frequences"]
     config = load_config(["--config", str(PROJECT / "configs" / "tiny.py"), *overrides])[0]
-    with Quarantine(tmp_path / "q.jsonl") as quarantine:
-        with pytest.raises(
-            UserError, match=r"'frequences': it is definitions or frequencies \(did you mean 'frequencies"
-        ):
-            prepare.read_rows(config, quarantine)
+    with pytest.raises(UserError, match=r"'frequences': it is definitions or frequencies \(did you mean 'frequencies"):
+        prepare.rows_to_read(config)
 
 
 # ---- its tokens ------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from distil_jax.data.loader import Loader
 from distil_jax.data.sources import Quarantine
 from distil_jax.errors import UserError
 from distil_jax.eval import likelihood
+from distil_jax.gather import Refusals
 from distil_jax.metrics import read_metrics
 from distil_jax.models.int8 import cast
 from distil_jax.projection import Projection
@@ -444,8 +445,8 @@ def test_a_teacher_and_a_student_of_ones_own(finished, definitions, tmp_path):
 
 def test_the_public_corpus_goes_the_same_way(tmp_path):
     config = config_of(tmp_path / "work")
-    with Quarantine(tmp_path / "q.jsonl") as quarantine:
-        rows, provenance = prepare.read_rows(config, quarantine)
+    read, provenance = prepare.rows_to_read(config)
+    rows = list(read(Refusals(tmp_path / "q.jsonl")))
     assert len(rows) > 15_000 and len({row.specialty for row in rows}) >= 23
     assert "Human Phenotype Ontology" in provenance["acknowledgement"] and provenance["version"]
 

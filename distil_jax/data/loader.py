@@ -50,16 +50,16 @@ def write_shards(
         raise UserError(f"fields of {directory}/{prefix} have unequal numbers of rows: {counts}")
     if rows_per_shard < 1:
         raise UserError(f"rows_per_shard={rows_per_shard} must be at least 1")
-    records = np.concatenate(list(columns.values()), axis=1)
+    count = len(next(iter(columns.values())))
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    shards = [records[start : start + rows_per_shard] for start in range(0, len(records), rows_per_shard)]
+    shards = [range(start, min(start + rows_per_shard, count)) for start in range(0, count, rows_per_shard)]
     names = [f"{prefix}-{n:05d}-of-{len(shards):05d}.arrayrecord" for n in range(len(shards))]
     return {
         "fields": {name: column.shape[1] for name, column in columns.items()},
-        "records": len(records),
+        "records": count,
         "files": [
-            write_file(directory / name, (record.tobytes() for record in shard))
+            write_file(directory / name, (b"".join(c[row].tobytes() for c in columns.values()) for row in shard))
             for name, shard in zip(names, shards, strict=True)
         ],
     }

@@ -1,0 +1,227 @@
+"""The first half of `prepare`: the rows of every source, cleaned, each text once, in blocks on disk (data/blocks.py).
+
+Rows are read by this process and cleaned in chunks by others; what was seen before is told apart here, in the order in
+which the rows stand, so the blocks are the same for any number of processes. A run that was killed reads past what
+the whole blocks hold and goes on.
+"""
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from distil_jax.data import blocks
+from distil_jax.data.pool import ordered
+from distil_jax.data.sources import Quarantine, Row
+
+_CHUNK = 512  # rows that a process takes at a time
+
+
+class Refusal(NamedTuple):
+    """A row that cannot be used, as Quarantine.add takes it."""
+
+    file: str
+    row: int | str
+    reason: str
+    detail: str = ""
+
+
+class Refusals:
+    """Takes what a reader refuses, in the place of a Quarantine, until it is asked for."""
+
+    def __init__(self, path: Path):
+        self.path = path  # where they will be found
+        self.total = 0
+        self._waiting: list[Refusal] = []
+
+    def add(self, file: Any, row: int | str, reason: str, detail: str = "") -> None:
+        self.total += 1
+        self._waiting.append(Refusal(str(file), row, reason, detail))
+
+    def taken(self) -> list[Refusal]:
+        waiting, self._waiting = self._waiting, []
+        return waiting
+
+
+class Cleaned(NamedTuple):
+    """What became of a chunk of rows: each as it is now or why it is refused, and prints for finding it again."""
+
+    outcomes: list[Row | Refusal]
+    prints: np.ndarray | None = None  # uint64[rows that are left, P]; None: duplicates stay
+    counts: Counter = Counter()  # of what was mended, by its name
+
+
+class Seen(Protocol):
+    """Remembers prints: for each row that of the earlier one it repeats, or -1."""
+
+    def admit(self, prints: np.ndarray) -> np.ndarray: ...
+
+
+class Cleaner(Protocol):
+    """What is done to a chunk of rows; it goes to other processes, so it is picklable."""
+
+    def __call__(self, rows: list[Row]) -> Cleaned: ...
+
+
+class Untouched:
+    """Rows as they are."""
+
+    def __call__(self, rows: list[Row]) -> Cleaned:
+        return Cleaned(list(rows))
+
+
+Entry = tuple[list[Refusal], Row | None]  # what the reader refused since the last row, and the next row
+ReadRows = Callable[[Refusals], Iterable[Row]]
+
+
+def gather(
+    read_rows: ReadRows,
+    folder: Path,
+    quarantine: Path,
+    *,
+    cleaner: Cleaner | None = None,
+    seen: Seen | None = None,
+    processes: int = 1,
+    characters: int = blocks.CHARACTERS,
+) -> list[dict[str, Any]]:
+    """Writes the blocks that `folder` lacks; returns the facts of all.
+
+    read_rows: the rows in their order, given something to tell refusals to; read again from the start in every run.
+    quarantine: the file that messages name.
+
+    Facts of a block: `read` (entries), `rows` ({split: {source: n}}), `characters`, `specialties`, `licences`, `said`
+    ({role: [messages, bytes]} of training conversations), `refused` ({file: {reason: n}}), `mended`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    done = blocks.facts(folder)
+    if seen is not None:
+        for number in range(len(done)):
+            for prints in _prints(folder, number):
+                seen.admit(prints)
+    entries = islice(_entries(read_rows, Refusals(quarantine)), sum(f["read"] for f in done), None)
+    block = _Block(folder, len(done))
+    read = sum(f["read"] for f in done)
+    # In one process nothing is gained by pickling a chunk.
+    results = ordered(_clean, cleaner or Untouched(), _chunks(entries), processes if cleaner else 1)
+    last_said = time.monotonic()
+    for refused, cleaned in results:
+        repeated = None if seen is None or cleaned.prints is None else seen.admit(cleaned.prints)
+        block.mended.update(cleaned.counts)
+        block.prints.append(cleaned.prints)
+        at = 0
+        for before, outcome in zip(refused, cleaned.outcomes + [None] * len(refused), strict=False):
+            block.refuse(before)
+            if isinstance(outcome, Refusal):
+                block.refuse([outcome])
+            elif outcome is not None:
+                earlier = -1 if repeated is None else int(repeated[at])
+                at += 1
+                if earlier >= 0:
+                    block.refuse([_duplicate(outcome, earlier)])
+                else:
+                    block.add(outcome)
+            block.read += 1
+        read += len(refused)
+        if block.characters >= characters:
+            done.append(block.close())
+            block = _Block(folder, block.number + 1)
+        if time.monotonic() - last_said > 10:
+            print(f"prepare: {read:,} rows read", flush=True)
+            last_said = time.monotonic()
+    if block.read or not done:
+        done.append(block.close())
+    return done
+
+
+def _duplicate(row: Row, earlier: int) -> Refusal:
+    return Refusal(row.source, row.id, "duplicate", f"the same text, or nearly, as row {earlier} of those cleaned")
+
+
+def _entries(read_rows: ReadRows, refusals: Refusals) -> Iterator[Entry]:
+    for row in read_rows(refusals):
+        yield refusals.taken(), row
+    if rest := refusals.taken():
+        yield rest, None
+
+
+def _chunks(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+    entries = iter(entries)
+    while chunk := list(islice(entries, _CHUNK)):
+        yield chunk
+
+
+def _clean(cleaner: Cleaner, chunk: list[Entry]) -> tuple[list[list[Refusal]], Cleaned]:
+    return [refused for refused, _ in chunk], cleaner([row for _, row in chunk if row is not None])
+
+
+def _prints(folder: Path, number: int) -> Iterator[np.ndarray]:
+    file = folder / f"{number:05d}.npy"
+    if file.is_file():
+        yield np.load(file)
+
+
+class _Block:
+    """The block that is being filled."""
+
+    def __init__(self, folder: Path, number: int):
+        self.folder, self.number = folder, number
+        self.quarantine = Quarantine(blocks.quarantine_file(folder, number))
+        self.refused: dict[str, Counter] = defaultdict(Counter)
+        self.rows: list[Row] = []
+        self.prints: list[np.ndarray | None] = []
+        self.mended: Counter = Counter()
+        self.characters = self.read = 0
+
+    def refuse(self, refusals: Iterable[Refusal]) -> None:
+        for refusal in refusals:
+            self.quarantine.add(*refusal)
+            self.refused[refusal.file][refusal.reason] += 1
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        self.characters += blocks.size_of(row)
+
+    def close(self) -> dict[str, Any]:
+        """Writes the block and returns its facts."""
+        self.quarantine.close()
+        found = [prints for prints in self.prints if prints is not None]
+        if found:
+            np.save(self.folder / f"{self.number:05d}.npy", np.concatenate(found))
+        splits: dict[str, Counter] = defaultdict(Counter)
+        said: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+        for row in self.rows:
+            splits[row.split][row.source] += 1
+            if row.split == "train":
+                for message in row.messages:
+                    said[message["role"]][0] += 1
+                    said[message["role"]][1] += len(message["content"].encode())
+        facts = {
+            "read": self.read,
+            "characters": self.characters,
+            "rows": {split: dict(sources) for split, sources in splits.items()},
+            "specialties": dict(Counter(row.specialty for row in self.rows)),
+            "licences": dict(Counter(f"{row.source}: {row.licence or 'not stated'}" for row in self.rows)),
+            "kinds": dict(Counter(row.kind for row in self.rows)),
+            "said": dict(said),
+            "refused": {file: dict(reasons) for file, reasons in self.refused.items()},
+            "mended": dict(self.mended),
+        }
+        blocks.write(self.folder, self.number, self.rows, facts)
+        return facts
+
+
+def total(facts: Iterable[dict[str, Any]], name: str) -> dict[str, int]:
+    """One of the counters of all blocks together."""
+    summed: Counter = Counter()
+    for one in facts:
+        summed.update(one[name])
+    return dict(summed)
+
+
+def rows_of(facts: Iterable[dict[str, Any]], split: str) -> dict[str, int]:
+    """Rows of a split by source, of all blocks together."""
+    return total(({"rows": one["rows"].get(split, {})} for one in facts), "rows")

@@ -1,0 +1,307 @@
+"""Promises: blocks, processes, hosts and a kill change no byte of a corpus; nothing is lost between rows and shards."""
+
+import json
+import re
+import signal
+import string
+import threading
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distil_jax import gather, prepare, shard
+from distil_jax.config import load_config
+from distil_jax.data import blocks, mixture, pool
+from distil_jax.data.loader import Loader
+from distil_jax.data.sources import Row
+from distil_jax.errors import UserError
+from distil_jax.tokens.pack import unpack
+
+PROJECT = Path(__file__).resolve().parent.parent
+SPLITS = ("train", "train", "train", "validation", "test")
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    """1,500 rows of five splits' turns, some of them unusable, of each reason, in every block."""
+    rng = np.random.default_rng(0)
+    words = ["dose", "naïve", "β-blocker", "12.5", "心房", "\r\n", "🧬", "of the", "patient", string.punctuation]
+    words += "renal hepatic acute chronic bilateral atrophy seizure anaemia tachycardia oedema ataxia".split()
+    bad = {7: "\u2581", 400: "\u2581", 512: "long " * 300, 900: "x \u2581", 1498: "\u2581"}
+    return [
+        Row(
+            id=f"r{n}",
+            source=("notes", "letters")[n % 3 == 0],
+            split=SPLITS[n % 5],
+            licence="CC0",
+            specialty=("heart", "lung")[n % 2],
+            kind="QA",
+            prompt=" ".join(rng.choice(words, 3)),
+            completion=bad.get(n, "hypertension " + " ".join(rng.choice(words, rng.integers(1, 30)))),
+        )
+        for n in range(1500)
+    ]
+
+
+@pytest.fixture(scope="module")
+def file(rows, tmp_path_factory) -> Path:
+    """The rows as a user's file, with lines that cannot be read between them."""
+    target = tmp_path_factory.mktemp("file") / "rows.jsonl"
+    with target.open("w", encoding="utf-8") as out:
+        for n, row in enumerate(rows):
+            fields = ("id", "source", "split", "licence", "specialty", "prompt", "completion")
+            out.write(json.dumps({name: getattr(row, name) for name in fields}) + "\n")
+            if n % 400 == 3:
+                out.write('{"prompt": "broken\n')
+    return target
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Several blocks in a small corpus."""
+    monkeypatch.setattr(prepare, "BLOCK_CHARACTERS", 40_000)
+    monkeypatch.setattr(prepare, "_POLL", 0.02)
+    monkeypatch.setattr(gather, "_CHUNK", 100)
+
+
+def config_of(work: Path, file: Path, *more: str):
+    values = {"workdir": work, "data.files": file, "teacher.vocab_size": 420, "student.vocab_size": 380}
+    flags = [f"--config.{key}={value}" for key, value in (values | {"data.rows_per_shard": 20}).items()]
+    return load_config(["--config", str(PROJECT / "configs" / "tiny.py"), *flags, *more])[0]
+
+
+def files_in(work: Path) -> dict[str, bytes]:
+    """What a corpus is, by file; the manifest without what differs between runs."""
+    found = {}
+    for path in sorted((work / "corpus").rglob("*")):
+        if path.is_file() and path.name != "key":
+            found[str(path.relative_to(work))] = path.read_bytes()
+    manifest = json.loads(found.pop("corpus/manifest.json"))
+    changing = {name: manifest.pop(name) for name in ("key", "seconds", "peak_memory_bytes")}
+    assert changing["seconds"] > 0
+    found["manifest"] = json.dumps(manifest).encode()
+    return found
+
+
+@pytest.fixture(scope="module")
+def one(file, tmp_path_factory):
+    """The corpus of one process, in one go."""
+    work = tmp_path_factory.mktemp("one")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "BLOCK_CHARACTERS", 40_000)
+        patch.setattr(gather, "_CHUNK", 100)
+        manifest = prepare.main(config_of(work, file, "--config.data.processes=1"))
+    return work, manifest, files_in(work)
+
+
+def test_a_corpus_of_several_blocks_is_whole(one, rows):
+    work, manifest, found = one
+    facts = blocks.facts(work / "corpus" / "rows")
+    assert len(facts) >= 4 and sum(f["read"] for f in facts) == 1500
+    assert manifest["quarantined"] == {"malformed JSON": 4, "does not round-trip": 4, "too long": 1}
+    lines = found["corpus/quarantine.jsonl"].decode().splitlines()
+    assert Counter(json.loads(line)["reason"] for line in lines) == Counter(manifest["quarantined"])
+    assert (
+        manifest["quarantined_by_source"]["letters"] == {"does not round-trip": 1} or manifest["quarantined_by_source"]
+    )
+    assert sum(manifest["rows"].values()) == 1500 - 5
+    for split in ("train", "validation", "test"):
+        members = [row for row in rows if row.split == split]
+        loader = Loader(work / "corpus", manifest["shards"][split], 1, 0)
+        documents = [d for n in range(loader.records) for d in unpack({k: v[None] for k, v in loader._rows[n].items()})]
+        numbers = sorted(d["document"] for d in documents)
+        assert len(set(numbers)) == len(numbers) == manifest["rows"][split]
+        specialty = {d["document"]: manifest["specialties"][d["specialty"]] for d in documents}
+        assert all(members[n].specialty == name for n, name in specialty.items()), "numbers are those of the split"
+    told = [json.loads(line) for line in found["corpus/documents.jsonl"].decode().splitlines()]
+    assert len(told) == manifest["rows"]["validation"] + manifest["rows"]["test"]
+    by_id = {row.id: row for row in rows}
+    assert all((by_id[t["id"]].prompt, by_id[t["id"]].split) == (t["prompt"], t["split"]) for t in told)
+    assert np.load(work / "corpus" / "student_unigram.npy").sum() == pytest.approx(1, abs=1e-12)
+    assert not (work / "corpus" / "parts").exists()
+
+
+def test_two_processes_write_the_same_bytes(one, file, tmp_path):
+    prepare.main(config_of(tmp_path, file, "--config.data.processes=2"))
+    assert files_in(tmp_path) == one[2]
+
+
+def test_two_hosts_write_the_same_bytes(one, file, tmp_path):
+    config, found = config_of(tmp_path, file, "--config.data.processes=1"), {}
+    hosts = [threading.Thread(target=lambda n=n: found.update({n: prepare.prepare(config, n, 2)})) for n in (1, 0)]
+    for host in hosts:
+        host.start()
+    for host in hosts:
+        host.join()
+    assert found[0]["key"] == found[1]["key"] and files_in(tmp_path) == one[2]
+
+
+class Killed(BaseException):
+    """Ends a run where it stands, as a signal would."""
+
+
+@pytest.mark.parametrize("at", [150, 700, 1499])
+def test_a_run_killed_while_it_reads_goes_on(one, file, tmp_path, at, monkeypatch):
+    config = config_of(tmp_path, file, "--config.data.processes=1")
+    read = prepare.sources.read_files
+
+    def breaks_off(*args, **options):
+        yield from islice(read(*args, **options), at)
+        raise Killed
+
+    monkeypatch.setattr(prepare.sources, "read_files", breaks_off)
+    with pytest.raises(Killed):
+        prepare.main(config)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "corpus" / "rows").glob("*.parquet")}
+    monkeypatch.setattr(prepare.sources, "read_files", read)
+    prepare.main(config)
+    assert files_in(tmp_path) == one[2]
+    for name, time in before.items():
+        assert (tmp_path / "corpus" / "rows" / name).stat().st_mtime_ns == time, "a whole block is not written again"
+    assert bool(before) == (at > 150)
+
+
+def test_a_run_killed_while_it_writes_shards_goes_on(one, file, tmp_path, monkeypatch):
+    config = config_of(tmp_path, file, "--config.data.processes=1")
+    write = shard.write_shards
+
+    def breaks_off(rows, folder, prefix, size):
+        if prefix == "validation-block00002":
+            raise Killed
+        return write(rows, folder, prefix, size)
+
+    monkeypatch.setattr(shard, "write_shards", breaks_off)
+    with pytest.raises(Killed):
+        prepare.main(config)
+    assert len(list((tmp_path / "corpus" / "parts").glob("*.json"))) == 2
+    seen = []
+    monkeypatch.setattr(shard, "write_shards", lambda *args: seen.append(args[2]) or write(*args))
+    prepare.main(config)
+    assert files_in(tmp_path) == one[2]
+    assert not [prefix for prefix in seen if prefix.endswith(("block00000", "block00001"))]
+
+
+def test_what_was_seen_before_a_kill_is_known_after_it(rows, tmp_path, monkeypatch):
+    """A text that repeats one of a finished block is refused, with a memory that is made again from the blocks."""
+
+    class Prints:
+        def __call__(self, chunk):
+            prints = np.array([[len(row.completion)] for row in chunk], np.uint64).reshape(-1, 1)
+            return gather.Cleaned(list(chunk), prints, Counter(chunk=1))
+
+    class Memory:
+        def __init__(self):
+            self.first, self.count = {}, 0
+
+        def admit(self, prints):
+            found = []
+            for value in prints[:, 0].tolist():
+                found.append(self.first.get(value, -1))
+                self.first.setdefault(value, self.count)
+                self.count += 1
+            return np.array(found)
+
+    def made(folder, stops=None):
+        def read(refusals):
+            yield from rows if stops is None else rows[:stops]
+            if stops is not None:
+                raise Killed
+
+        options = {"cleaner": Prints(), "seen": Memory(), "characters": 3000}
+        return gather.gather(read, folder, tmp_path / "quarantine.jsonl", **options)
+
+    whole = made(tmp_path / "whole")
+    with pytest.raises(Killed):
+        made(tmp_path / "killed", 1000)
+    assert len(blocks.facts(tmp_path / "killed")) > 1
+    assert made(tmp_path / "killed") == whole
+    kept = [row for n in range(len(whole)) for row in blocks.read(tmp_path / "whole", n)]
+    lengths = {len(row.completion) for row in rows}
+    assert len(kept) == len(lengths) == len({len(row.completion) for row in kept})
+    assert sum(gather.total(whole, "mended").values()) == 15
+    assert sum(sum(f["refused"][s].values()) for f in whole for s in f["refused"]) == 1500 - len(kept)
+
+
+def _square(context, n):
+    if n is None:
+        signal.raise_signal(signal.SIGKILL)
+    return context + n * n
+
+
+def test_a_pool_keeps_the_order_and_reads_no_further_than_it_must():
+    taken = []
+    items = (taken.append(n) or n for n in range(50))
+    results = pool.ordered(_square, 1, items, 2)
+    assert next(results) == 1 and len(taken) <= 4
+    assert list(results) == [1 + n * n for n in range(1, 50)]
+
+
+def test_a_process_that_dies_is_told():
+    with pytest.raises(UserError, match="2 processes that prepare the text died.*config.data.processes=1"):
+        list(pool.ordered(_square, 0, [1, None, 2], 2))
+
+
+def test_a_negative_number_of_processes_is_refused():
+    with pytest.raises(UserError, match="config.data.processes is -1"):
+        pool.processes_of(-1)
+
+
+# ---- the mixture -----------------------------------------------------------------------------------------------------
+
+
+def test_copies_follow_weights_temperature_and_cap():
+    rows = {"large": 8000, "small": 500, "empty": 0}
+    assert mixture.copies(rows, weights={}) == {"large": 1.0, "small": 1.0, "empty": 0.0}
+    evened = mixture.copies(rows, weights={"large": 0.5}, temperature=2.0)
+    assert evened["small"] == pytest.approx(4.0) and evened["large"] == 0.5, "(500 / 8000) ** -0.5 is 4"
+    assert mixture.copies(rows, weights={}, temperature=2.0, most=3)["small"] == 3
+    capped = mixture.copies(rows, weights={}, cap=1000)
+    assert capped["large"] == 0.125 and capped["small"] == 1
+    with pytest.raises(UserError, match=r"names 'smal' \(did you mean 'small'\?\); the corpus has empty, large, small"):
+        mixture.copies(rows, weights={"smal": 1.0})
+    with pytest.raises(UserError, match="temperature is 0.5"):
+        mixture.copies(rows, weights={}, temperature=0.5)
+
+
+def test_weights_are_read_or_refused():
+    assert mixture.parse_weights(" a=2, b=0.25 ,") == {"a": 2.0, "b": 0.25}
+    for text in ("a", "a=x", "a=-1", "a=inf", "a=nan"):
+        with pytest.raises(UserError, match="config.data.weights"):
+            mixture.parse_weights(text)
+
+
+def test_the_rows_of_a_share_are_the_same_everywhere():
+    times = [mixture.copies_of_row(f"r{n}", 1.25) for n in range(4000)]
+    assert set(times) == {1, 2} and sum(times) == pytest.approx(5000, rel=0.03)
+    assert times[:8] == [mixture.copies_of_row(f"r{n}", 1.25) for n in range(8)]
+    assert {mixture.copies_of_row("x", n) for n in (0.0, 1.0, 3.0)} == {0, 1, 3}
+
+
+def test_a_source_is_read_as_often_as_the_mixture_says(one, file, rows, tmp_path):
+    made = prepare.main(config_of(tmp_path, file, "--config.data.weights=letters=2,notes=0"))
+    loader = Loader(tmp_path / "corpus", made["shards"]["train"], 1, 0)
+    documents = [d for n in range(loader.records) for d in unpack({k: v[None] for k, v in loader._rows[n].items()})]
+    train = [row for row in rows if row.split == "train"]
+    counts = Counter(d["document"] for d in documents)
+    assert set(counts.values()) == {2} and {train[n].source for n in counts} == {"letters"}
+    assert made["copies"] == {"letters": 2.0, "notes": 0.0} and made["shards"]["train"]["examples"] == 2 * len(counts)
+    assert made["rows"]["test"] == one[1]["rows"]["test"], "held-out rows are neither repeated nor left out"
+
+
+def test_prepare_tells_what_the_teacher_can_say_of_every_split(file, tmp_path, capsys):
+    config = config_of(tmp_path, file)
+    made = prepare.main(config)
+    said = capsys.readouterr().out
+    for split in ("train", "validation", "test"):
+        found = made["alignment"][split]
+        assert found["root"] + found["interior"] + found["crossing"] == pytest.approx(1, abs=2e-5)
+        assert 0 < found["crossing_at_boundary"] <= found["crossing"]
+        at = f"crossing {found['crossing']:.1%} ({found['crossing_at_boundary']:.1%} from a boundary of both)"
+        assert re.search(rf"^student tokens of {split}: .*{re.escape(at)}.*; digits: root", said, re.MULTILINE)
+    assert "does not round-trip 4, too long 1, in quarantine.jsonl" in said
+    again = prepare.main(config_of(tmp_path, file, "--config.data.processes=2"))
+    assert again["key"] == made["key"], "another number of processes is the same corpus"
+    assert capsys.readouterr().out == ""
