@@ -183,7 +183,8 @@ def check(config: ConfigDict, facts: Sequence[dict[str, Any]]) -> None:
         said[role] = said.get(role, (0, 0))[0] + messages, said.get(role, (0, 0))[1] + size
     whole = sum(size for _, size in said.values())
     learned = said.get("assistant", (0, 0))[1]
-    if said and learned in (0, whole) and not config.data.chat_any_share:
+    allowed = config.data.chat_any_share
+    if said and learned in (0, whole) and not allowed:
         counts = ", ".join(f"{n} {role}" for role, (n, _) in said.items())
         raise UserError(
             f"{learned / whole:.0%} of the training conversations would be learned ({learned:,} of {whole:,} bytes, in "
