@@ -7,6 +7,7 @@ model brings no tokenizer, tokenizers/teacher and tokenizers/student. A run that
 block, and any number of processes (config.data.processes) or hosts that share the folder writes the same bytes.
 """
 
+import json
 import shutil
 import time
 from collections import Counter
@@ -19,7 +20,9 @@ import jax
 from ml_collections import ConfigDict
 
 from distil_jax import learners, shard
-from distil_jax.data import blocks, frequencies, hpo, mixture, sources
+from distil_jax.data import blocks, catalogue, contamination, frequencies, hpo, mixture, reading, sources
+from distil_jax.data.cleaner import CONTAMINATED, PERSONAL, RowCleaner
+from distil_jax.data.duplicates import Seen
 from distil_jax.data.pool import processes_of
 from distil_jax.data.sources import SPLITS, Row
 from distil_jax.data.train_tokenizers import train_gemma_style, train_llama_style
@@ -29,11 +32,12 @@ from distil_jax.metrics import is_first_process
 from distil_jax.models import hub
 from distil_jax.shard import Sharding
 from distil_jax.tokens.bytes import ByteTable
-from distil_jax.workdir import Workdir, files_of
+from distil_jax.workdir import Workdir, files_of, names_of
 
 _GATHERED = "rows/gathered"  # written when every block is there
 EMBEDDED = {"definitions": hpo.load_corpus, "frequencies": frequencies.load_corpus}  # data.corpus
 CHAT = ("off", "on")  # config.data.chat
+DUPLICATES = ("keep", "exact", "near")  # config.data.duplicates
 BLOCK_CHARACTERS = blocks.CHARACTERS
 _TOKENIZER_ROWS = 200_000  # training rows that a tokenizer of our own is trained on
 _POLL = 1.0  # seconds between two looks at what another host has done
@@ -61,8 +65,15 @@ def prepare(config: ConfigDict, process_index: int, process_count: int) -> dict[
     else:
         stage = work.begin("corpus")
         read_rows, provenance = rows_to_read(config)
+        duplicates = config.data.duplicates
         facts = gather(
-            read_rows, folder / "rows", folder / "quarantine.jsonl", processes=processes, characters=BLOCK_CHARACTERS
+            read_rows,
+            folder / "rows",
+            folder / "quarantine.jsonl",
+            cleaner=cleaner_of(config),
+            seen=None if duplicates == "keep" else Seen(near=duplicates == "near"),
+            processes=processes,
+            characters=BLOCK_CHARACTERS,
         )
         check(config, facts)
         make_tokenizers(work, facts)
@@ -78,6 +89,8 @@ def prepare(config: ConfigDict, process_index: int, process_count: int) -> dict[
     _join(folder / "documents.jsonl", [part.with_suffix(".documents.jsonl") for part in parts])
     refusals = [blocks.quarantine_file(folder / "rows", n) for n in range(len(facts))]
     _join(folder / "quarantine.jsonl", [*refusals, *(part.with_suffix(".quarantine.jsonl") for part in parts)])
+    with (folder / "quarantine.jsonl").open(encoding="utf-8") as lines:
+        found = contamination.report(record for record in map(json.loads, lines) if record["reason"] == CONTAMINATED)
     made = shard.together(sharding, len(facts))
     refused = [*(one["refused"] for one in facts), *made.pop("refused")]
     by_source = {name: _sum(one.get(name, {}) for one in refused) for one in refused for name in one}
@@ -88,6 +101,8 @@ def prepare(config: ConfigDict, process_index: int, process_count: int) -> dict[
         specialties=list(sharding.specialties),
         sources={split: rows_of(facts, split) for split in SPLITS},
         copies={name: round(n, 4) for name, n in sharding.copies.items()},
+        mended=total(facts, "mended"),
+        contamination=found,
         quarantined=_sum(by_source.values()),
         quarantined_by_source=by_source,
         tokenizers={side: {"vocab_size": t.vocab_size, "hash": t.hash, "kind": t.kind} for side, t in tables.items()},
@@ -157,6 +172,17 @@ def rows_to_read(config: ConfigDict) -> tuple[Callable[[Refusals], Iterable[Row]
     if name not in EMBEDDED:
         raise UserError(f"config.data.corpus is {name!r}: it is {' or '.join(EMBEDDED)}{nearest(name, EMBEDDED)}")
     chat = sources.as_conversation if config.data.chat == "on" else lambda row: row
+    if named := names_of(config.data.sources):
+        if files_of(config):
+            raise UserError("config.data.files and config.data.sources are both set: empty one of them")
+        chosen, root = catalogue.chosen(named), config.data.root
+
+        def catalogued(refusals: Refusals) -> Iterable[Row]:
+            for source in chosen:
+                yield from map(chat, reading.rows_of(source, root, refusals))
+
+        told = {s.name: {"hub": s.hub, "licence": s.licence, "why": s.why} for s in chosen}
+        return catalogued, {"sources": told, "root": root}
     if files := files_of(config):
         return lambda refusals: map(chat, sources.read_files(files, refusals)), {"files": files}
     refused = Refusals(Path("quarantine.jsonl"))
@@ -168,6 +194,24 @@ def rows_to_read(config: ConfigDict) -> tuple[Callable[[Refusals], Iterable[Row]
         yield from map(chat, corpus.rows)
 
     return rows, corpus.manifest
+
+
+def cleaner_of(config: ConfigDict) -> RowCleaner | None:
+    """What is done to each row; None if nothing is."""
+    data = config.data
+    for key, known in (("duplicates", DUPLICATES), ("personal", PERSONAL)):
+        if data[key] not in known:
+            raise UserError(f"config.data.{key} is {data[key]!r}; use one of {', '.join(map(repr, known))}")
+    items = [item for file in names_of(data.benchmarks) for item in contamination.read_items(file)]
+    if not (data.mend or items or data.duplicates != "keep" or data.personal != "keep"):
+        return None
+    return RowCleaner(
+        mend=data.mend,
+        prints=data.duplicates != "keep",
+        personal=data.personal,
+        forums=frozenset(source.name for source in catalogue.SOURCES if source.forum),
+        benchmarks=contamination.Index(items) if items else None,
+    )
 
 
 def check(config: ConfigDict, facts: Sequence[dict[str, Any]]) -> None:

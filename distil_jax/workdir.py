@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 import distil_jax
 from distil_jax import manifest, variants
 from distil_jax.config import config_hash, flatten
+from distil_jax.data import catalogue, reading
 from distil_jax.errors import UserError
 from distil_jax.metrics import peak_memory_bytes
 from distil_jax.variants import UNTAUGHT
@@ -114,7 +115,12 @@ class Workdir:
         config = {k: v for k, v in leaves.items() if _stands_in(k, read) and not _stands_in(k, unread)}
         facts = [self.key(other) for other in self.inputs(stage)]
         if stage == "corpus":
+            data = self.config.data
             facts += [_file_facts("config.data.files", name) for name in files_of(self.config)]
+            facts += [_file_facts("config.data.benchmarks", name) for name in names_of(data.benchmarks)]
+            for source in catalogue.chosen(names_of(data.sources)):
+                if data.root not in reading.REMOTE:
+                    facts += [_file_facts("config.data.root", str(file)) for file in reading.files(source, data.root)]
         if stage == "export":
             given = names_of(self.config.export.licence_files)
             facts += [_file_facts("config.export.licence_files", name) for name in given]

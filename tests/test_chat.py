@@ -239,7 +239,7 @@ def test_rows_with_messages_from_every_format(tmp_path):
     for extension in ("jsonl", "parquet", "csv"):
         (row,), refused = read(tmp_path / f"a.{extension}", tmp_path)
         assert not refused
-        assert row.messages == talk("q é", "a") and (row.kind, row.specialty) == ("chat", "eye")
+        assert row.messages == talk("q é", "a") and (row.kind, row.specialty) == ("DIALOGUE", "eye")
         assert (row.prompt, row.completion, row.ended) == ("q é", "a", True)
 
 
@@ -284,10 +284,10 @@ def test_parquet_messages_that_are_not_utf8_cost_their_row(tmp_path):
 
 
 def test_pairs_become_conversations_where_asked_for():
-    row = sources.Row("1", "s", "train", "x", "other", "pair", " Q? \n", " A.")
+    row = sources.Row("1", "s", "train", "x", "other", "QA", " Q? \n", " A.")
     made = sources.as_conversation(row)
-    assert made.messages == talk("Q?", "A.") and (made.kind, made.prompt, made.completion) == ("chat", "Q?", "A.")
-    text = sources.Row("1", "s", "train", "x", "other", "text", "", "plain")
+    assert made.messages == talk("Q?", "A.") and (made.kind, made.prompt, made.completion) == ("DIALOGUE", "Q?", "A.")
+    text = sources.Row("1", "s", "train", "x", "other", "TEXT", "", "plain")
     assert sources.as_conversation(text) is text and sources.as_conversation(made) is made
 
 
@@ -299,14 +299,14 @@ def test_a_corpus_that_learns_nothing_or_everything_of_its_chats_is_refused_with
     folders = itertools.count()
 
     def check_chat(rows, **settings):
-        held_out = [sources.Row(s, "s", s, "x", "other", "text", "", "plain") for s in ("validation", "test")]
+        held_out = [sources.Row(s, "s", s, "x", "other", "TEXT", "", "plain") for s in ("validation", "test")]
         folder = tmp_path / str(next(folders))
         facts = gather.gather(lambda _: [*rows, *held_out], folder, tmp_path / "quarantine.jsonl")
         prepare.check(chat_config(**settings), facts)
 
     def rows(*texts):
         return [
-            sources.Row(str(n), "s", "train", "x", "other", "chat", "", "", messages)
+            sources.Row(str(n), "s", "train", "x", "other", "DIALOGUE", "", "", messages)
             for n, messages in enumerate(texts)
         ]
 
@@ -321,6 +321,6 @@ def test_a_corpus_that_learns_nothing_or_everything_of_its_chats_is_refused_with
         assert all(part in str(error.value) for part in [*said, "config.data.chat_any_share"]), str(error.value)
         check_chat(bad, chat_any_share=True)
     check_chat(rows(talk("four", "five!")))
-    check_chat([sources.Row("1", "s", "train", "x", "other", "text", "", "plain")])
+    check_chat([sources.Row("1", "s", "train", "x", "other", "TEXT", "", "plain")])
     with pytest.raises(UserError, match="config.data.chat is 'yes'; use one of 'off', 'on'"):
         prepare.rows_to_read(chat_config(chat="yes"))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import string
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_catalogue import RECORDS, put
 
 from distil_jax import gather, prepare, shard
 from distil_jax.config import load_config
@@ -305,3 +307,117 @@ def test_prepare_tells_what_the_teacher_can_say_of_every_split(file, tmp_path, c
     again = prepare.main(config_of(tmp_path, file, "--config.data.processes=2"))
     assert again["key"] == made["key"], "another number of processes is the same corpus"
     assert capsys.readouterr().out == ""
+
+
+# ---- the medical corpus ----------------------------------------------------------------------------------------------
+
+CHOSEN = "all,healthcaremagic"
+
+
+@pytest.fixture(scope="module")
+def medical(rows, tmp_path_factory) -> Path:
+    """Files of the sources that are on, and of the forum, with texts that repeat, are broken, foreign, or in a
+    benchmark."""
+    root = tmp_path_factory.mktemp("medical")
+    texts = [row.completion.replace("\u2581", "") for row in rows if len(row.completion.split()) > 12][:240]
+    for at, source in enumerate(prepare.catalogue.chosen(CHOSEN.split(","))):
+        record, made = RECORDS[source.name], []
+        column = "input" if "input" in record else "question"
+        for n, text in enumerate(texts[at % 7 :: 7]):
+            made.append(record | {column: f"{source.name} {n}: {text}?"} | ({"pubid": n} if "pubid" in record else {}))
+        made.append(made[0])
+        put(root, source.name, made, "jsonl")
+    forum = root / "lavita" / "ChatDoctor-HealthCareMagic-100k" / "train-00000-of-00001.jsonl"
+    said = {"instruction": "i", "input": "My name is Ann Lee, ann@x.org. Itâ€™s my knee.", "output": "Rest it."}
+    foreign = "Le patient se plaint depuis trois jours de fortes douleurs thoraciques vers le bras gauche. " * 3
+    known = "Which artery supplies the inferior wall of the left ventricle in most people with a dominant right artery?"
+    others = [said, said | {"input": foreign}, said | {"input": known, "output": "The right coronary artery."}]
+    with forum.open("a", encoding="utf-8") as out:
+        out.writelines(json.dumps(record) + "\n" for record in others)
+    (root / "exam.jsonl").write_text(json.dumps({"question": known, "id": "e1"}) + "\n")
+    return root
+
+
+def medical_config(work: Path, root: Path, *more: str):
+    values = {"workdir": work, "data.sources": CHOSEN, "data.root": root, "data.mend": True, "data.duplicates": "near"}
+    values |= {"data.personal": "report", "data.benchmarks": root / "exam.jsonl", "data.rows_per_shard": 20}
+    values |= {"teacher.vocab_size": 480, "student.vocab_size": 440}
+    flags = [f"--config.{key}={value}" for key, value in values.items()]
+    return load_config(["--config", str(PROJECT / "configs" / "tiny.py"), *flags, *more])[0]
+
+
+@pytest.fixture(scope="module")
+def medical_corpus(medical, tmp_path_factory):
+    work = tmp_path_factory.mktemp("corpus")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "BLOCK_CHARACTERS", 6_000)
+        patch.setattr(gather, "_CHUNK", 20)
+        patch.setattr(prepare.reading, "VALIDATION", 0.1)
+        patch.setattr(prepare.reading, "TEST", 0.1)
+        made = prepare.main(medical_config(work, medical, "--config.data.processes=1"))
+    return work, made, files_in(work)
+
+
+def test_the_medical_corpus_is_cleaned_counted_and_told(medical_corpus):
+    work, made, found = medical_corpus
+    chosen = prepare.catalogue.chosen(CHOSEN.split(","))
+    assert set(made["provenance"]["sources"]) == {source.name for source in chosen}
+    assert set(made["sources"]["train"]) == {source.name for source in chosen}
+    assert made["mended"]["mended"] >= 1 and made["mended"]["personal data replaced, email"] == 1
+    assert made["quarantined"]["another language"] == 1 and made["quarantined"]["duplicate"] >= len(chosen)
+    assert all(made["quarantined_by_source"][source.name]["duplicate"] >= 1 for source in chosen)
+    assert made["contamination"]["healthcaremagic"]["exam"]["rows"] == 1
+    assert "exam e1" in made["contamination"]["healthcaremagic"]["exam"]["examples"][0]["item"]
+    kept = [
+        row
+        for n in range(len(blocks.facts(work / "corpus" / "rows")))
+        for row in blocks.read(work / "corpus" / "rows", n)
+    ]
+    facts = blocks.facts(work / "corpus" / "rows")
+    told = [row for row in kept if row.source == "healthcaremagic" and "knee" in row.prompt]
+    assert told[0].prompt == "Patient: My name is [NAME], [EMAIL]. It\u2019s my knee.\nDoctor:"
+    assert len({row.id for row in kept}) == len(kept) == sum(sum(s.values()) for s in made["sources"].values())
+    assert len(kept) + made["quarantined"]["duplicate"] + 2 == sum(f["read"] for f in facts)
+    assert "cardiology" in made["specialties"] and "virology" in made["specialties"]
+
+
+def test_two_processes_and_a_kill_make_the_same_medical_corpus(medical_corpus, medical, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK_CHARACTERS", 6_000)
+    monkeypatch.setattr(gather, "_CHUNK", 20)
+    monkeypatch.setattr(prepare.reading, "VALIDATION", 0.1)
+    monkeypatch.setattr(prepare.reading, "TEST", 0.1)
+    read = prepare.reading.rows_of
+
+    def breaks_off(source, *args):
+        if source.name == "cord19":
+            raise Killed
+        return read(source, *args)
+
+    config = medical_config(tmp_path, medical, "--config.data.processes=2")
+    monkeypatch.setattr(prepare.reading, "rows_of", breaks_off)
+    with pytest.raises(Killed):
+        prepare.main(config)
+    assert blocks.facts(tmp_path / "corpus" / "rows")
+    monkeypatch.setattr(prepare.reading, "rows_of", read)
+    prepare.main(config)
+    assert files_in(tmp_path) == medical_corpus[2]
+
+
+def test_settings_of_the_data_that_are_none_are_refused(file, medical, tmp_path):
+    for more, said in (
+        ("data.duplicates=fuzzy", "config.data.duplicates is 'fuzzy'; use one of 'keep', 'exact', 'near'"),
+        ("data.personal=hide", "config.data.personal is 'hide'"),
+        ("data.sources=medmqa", "names 'medmqa' \\(did you mean"),
+        (f"data.files={file}", "config.data.files and config.data.sources are both set"),
+        ("data.benchmarks=gone.jsonl", "gone.jsonl"),
+    ):
+        with pytest.raises(UserError, match=said):
+            prepare.main(medical_config(tmp_path, medical, f"--config.{more}"))
+
+
+def test_another_file_of_a_source_is_another_corpus(medical, tmp_path):
+    before = prepare.Workdir(medical_config(tmp_path, medical)).key("corpus")
+    assert prepare.Workdir(medical_config(tmp_path, medical)).key("corpus") == before
+    other = tmp_path / "root"
+    shutil.copytree(medical, other)
+    assert prepare.Workdir(medical_config(tmp_path, other)).key("corpus") != before

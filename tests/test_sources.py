@@ -38,8 +38,8 @@ def test_the_three_formats_give_the_same_rows(tmp_path):
         assert not refused
         seen.append([(r.kind, r.prompt, r.completion, r.specialty, r.licence, r.source, r.split) for r in rows])
     assert seen[0] == seen[1] == seen[2]
-    assert seen[0][0][:6] == ("pair", "Q: α?\nA:", ' "quoted", and\na second line', "eye", "CC0", "a")
-    assert seen[0][1][:6] == ("text", "", "plain text 🧬", "other", "unknown", "a")
+    assert seen[0][0][:6] == ("QA", "Q: α?\nA:", ' "quoted", and\na second line', "eye", "CC0", "a")
+    assert seen[0][1][:6] == ("TEXT", "", "plain text 🧬", "other", "unknown", "a")
 
 
 def test_jsonl_refuses_rows_by_line_and_keeps_the_rest(tmp_path):

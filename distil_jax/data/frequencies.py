@@ -93,7 +93,7 @@ def load_corpus(
                 split=split_of(series(name), seed=hpo.SPLIT_SEED, validation=VALIDATION, test=TEST),
                 licence=ontology.licence,
                 specialty=specialty_of(lines, branch),
-                kind="frequency",
+                kind="QA",
                 prompt=prompt,
                 completion=completion,
             )

@@ -83,7 +83,7 @@ def load_corpus(quarantine: Quarantine, obo: str | os.PathLike | None = None) ->
             split=side[term.id],
             licence=ontology.licence,
             specialty=specialty[term.id],
-            kind="definition",
+            kind="QA",
             prompt=f"Question: What is {term.name}?\nAnswer:",
             completion=f" {term.definition}",
         )

@@ -12,8 +12,8 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from distil_jax.conversation import Message
 from distil_jax.errors import UserError, nearest
 
 SPLITS = ("train", "validation", "test")
+KINDS = ("MCQ", "QA", "CASE", "TEXT", "DIALOGUE")
 _SPLIT_ALIASES = {"val": "validation", "valid": "validation", "dev": "validation"}
 _OPTIONAL_COLUMNS = ("id", "source", "licence", "specialty", "split", "stopped")
 _TRUTH = {"true": True, "false": False}
@@ -31,11 +32,13 @@ _PEEK_ROWS = 100  # a JSONL file has no header: the keys of its first rows stand
 
 @dataclass(frozen=True)
 class Row:
-    """One document. `kind` is "pair" (a prompt and its completion), "text" (empty prompt, all of it learned) or "chat".
+    """One document. `kind` is one of KINDS: a question with choices, a question or task and its answer, a case report,
+    text (empty prompt, all of it learned), a conversation. `meta` is what is known of it besides, such as the bare
+    question; it is not kept with the rows.
 
-    A chat has `messages` (conversation.checked); its completion is the content of the last message and its prompt those
-    before it, as plain text with an empty line between them. `ended`: whether the text is whole; the end of a text that
-    was cut short is not learned.
+    A DIALOGUE may have `messages` (conversation.checked); its completion is the content of the last message and its
+    prompt those before it, as plain text with an empty line between them. `ended`: whether the text is whole; the end
+    of a text that was cut short is not learned.
     """
 
     id: str
@@ -48,6 +51,7 @@ class Row:
     completion: str
     messages: tuple[Message, ...] = ()
     ended: bool = True
+    meta: Mapping[str, Any] = field(default_factory=dict)
 
 
 def as_conversation(row: Row) -> Row:
@@ -57,7 +61,7 @@ def as_conversation(row: Row) -> Row:
         return row
     messages = conversation.of_pair(row.prompt, row.completion)
     prompt, completion = _as_text(messages)
-    return replace(row, kind="chat", prompt=prompt, completion=completion, messages=messages)
+    return replace(row, kind="DIALOGUE", prompt=prompt, completion=completion, messages=messages)
 
 
 def _as_text(messages: tuple[Message, ...]) -> tuple[str, str]:
@@ -154,6 +158,12 @@ def read_files(
     return rows()
 
 
+def read_records(path: Path, quarantine: Quarantine) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number of the line or row, record) of a .jsonl, .csv or .parquet file, with all of its columns."""
+    reader = _READERS[path.suffix.lower()]
+    yield from (reader(path, quarantine, everything=True) if reader is _read_parquet else reader(path, quarantine))[1]
+
+
 def _rows_of_file(path: Path, quarantine: Quarantine, seed: int, validation: float, test: float) -> Iterator[Row]:
     columns, records = _READERS[path.suffix.lower()](path, quarantine)
     if columns:  # no columns at all: nothing could be read, and the caller says so
@@ -200,9 +210,9 @@ def _text_fields(record: dict) -> tuple[str, str, str, tuple[Message, ...]] | st
     if messages not in (None, ""):
         return _conversation(messages, completion)
     if completion is not None and prompt is not None:
-        return ("pair" if prompt != "" else "text"), prompt, completion, ()
+        return ("QA" if prompt != "" else "TEXT"), prompt, completion, ()
     if text is not None:
-        return "text", "", text, ()
+        return "TEXT", "", text, ()
     present = ", ".join(name for name, value in record.items() if value is not None) or "nothing"
     return f"missing field: the row has {present}; it needs prompt and completion, text, or messages"
 
@@ -220,7 +230,7 @@ def _conversation(messages: object, completion: object) -> tuple[str, str, str, 
         return f"malformed JSON: in messages: {error}"
     except UserError as error:
         return f"not a conversation: {error}"
-    return "chat", *_as_text(found), found
+    return "DIALOGUE", *_as_text(found), found
 
 
 def _problem(prompt: object, completion: object, given: dict) -> str | None:
@@ -321,7 +331,7 @@ def _read_csv(path: Path, quarantine: Quarantine):
     return columns, records()
 
 
-def _read_parquet(path: Path, quarantine: Quarantine):
+def _read_parquet(path: Path, quarantine: Quarantine, everything: bool = False):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -331,7 +341,7 @@ def _read_parquet(path: Path, quarantine: Quarantine):
         raise UserError(f"{path} is not a whole Parquet file ({error}); copy or write it again") from error
     schema = parquet.schema_arrow
     known = {"prompt", "completion", "text", "messages", "license", *_OPTIONAL_COLUMNS}
-    wanted = [name for name in schema.names if name in known]
+    wanted = [name for name in schema.names if everything or name in known]
 
     def records():
         number = 0

@@ -1,0 +1,177 @@
+"""Benchmarks in a corpus: questions that a model will be scored on must not be learned.
+
+An item's question is its runs of five words. A row that holds 80 % of them holds the question, wherever it stands and
+however it is spelled in case and punctuation. Short questions look alike ("Which of the following is the drug of choice
+for ..."): one of fewer than 16 words counts only if the row also holds half of the item's choices, or its answer.
+"""
+
+import csv
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from distil_jax.data.adapters import LETTERS
+from distil_jax.data.words import hashes, runs, words_of
+from distil_jax.errors import UserError, nearest
+
+RUN = 5
+OVERLAP = 0.8
+SHORT = 16  # words
+EXAMPLES = 5  # in a report, of each source and benchmark
+
+
+class Item(NamedTuple):
+    """A question of a benchmark."""
+
+    benchmark: str
+    id: str
+    question: str
+    options: tuple[str, ...] = ()
+    answer: str = ""
+
+
+class Hit(NamedTuple):
+    """What was found in a row."""
+
+    item: Item
+    overlap: float
+
+
+class Index:
+    """Runs of words of all items, sorted. Picklable."""
+
+    def __init__(self, items: Iterable[Item]):
+        self.items = list(items)
+        keys, owners, sizes, lengths = [], [], [], []
+        for n, item in enumerate(self.items):
+            words = words_of(item.question)
+            found = np.unique(_runs(words))
+            keys.append(found)
+            owners.append(np.full(len(found), n, np.int32))
+            sizes.append(len(found))
+            lengths.append(len(words))
+        key = np.concatenate(keys) if keys else np.zeros(0, np.uint64)
+        order = np.argsort(key, kind="stable")
+        self._keys = key[order]
+        self._owners = np.concatenate(owners)[order] if owners else np.zeros(0, np.int32)
+        self._sizes, self._lengths = np.array(sizes, np.int64), np.array(lengths, np.int64)
+
+    def find(self, text: str) -> Hit | None:
+        """The item that the text holds most of; None if it holds none."""
+        if not len(self._keys):
+            return None
+        words = words_of(text)
+        held = np.unique(np.concatenate([runs(hashes(words), n) for n in (self._lengths_of_runs())]))
+        start = np.searchsorted(self._keys, held, "left")
+        stop = np.searchsorted(self._keys, held, "right")
+        there = stop > start
+        if not there.any():
+            return None
+        owners = np.concatenate([self._owners[a:b] for a, b in zip(start[there], stop[there], strict=True)])
+        items, counts = np.unique(owners, return_counts=True)
+        share = counts / self._sizes[items]
+        for at in np.lexsort((items, -share)):
+            if share[at] < OVERLAP:
+                return None
+            number = int(items[at])
+            if self._lengths[number] >= SHORT or _has_choices(self.items[number], words):
+                return Hit(self.items[number], round(float(share[at]), 3))
+        return None
+
+    def _lengths_of_runs(self) -> Sequence[int]:
+        shortest = int(self._lengths.min())
+        return range(max(1, min(RUN, shortest)), RUN + 1)
+
+
+def _runs(words: list[str]) -> np.ndarray:
+    """Runs of five words; a question of fewer is one run."""
+    return runs(hashes(words), min(RUN, max(1, len(words))))
+
+
+def _has_choices(item: Item, words: list[str]) -> bool:
+    """Whether the words hold half of the choices, or the answer of an item that has none."""
+    wanted = [option for option in item.options if option] or ([item.answer] if item.answer else [])
+    if not wanted:
+        return True
+    text = " " + " ".join(words) + " "
+    found = sum(f" {' '.join(words_of(option))} " in text for option in wanted)
+    return 2 * found >= len(wanted)
+
+
+def report(refused: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What was found, from the lines of the quarantine: {source: {benchmark: {"rows", "examples"}}}."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in refused:
+        benchmark = record["detail"].split(" ", 1)[0]
+        told = found.setdefault(record["file"], {}).setdefault(benchmark, {"rows": 0, "examples": []})
+        told["rows"] += 1
+        if len(told["examples"]) < EXAMPLES:
+            told["examples"].append({"row": record["row"], "item": record["detail"]})
+    return found
+
+
+# ---- benchmarks in files ---------------------------------------------------------------------------------------------
+
+_SCHEMAS = {
+    "MMLU": ("question", "choices", "answer"),
+    "MedMCQA": ("question", "opa", "opb", "opc", "opd", "cop"),
+    "MedQA": ("question", "options", "answer_idx"),
+    "PubMedQA": ("pubid", "question"),
+    "own": ("question",),
+}
+
+
+def read_items(path: str | Path) -> list[Item]:
+    """The questions of a .parquet, .jsonl or .csv file in the schema of MMLU, MedMCQA, MedQA or PubMedQA, or with a
+    `question` and, optionally, `options` (a list) and `answer` (its text). Raises UserError that names the file."""
+    path = Path(path)
+    records = _records(path)
+    if not records:
+        raise UserError(f"{path} has no question: give a file with one benchmark item a row, or leave it out")
+    columns = list(records[0])
+    if "question" not in columns:
+        raise UserError(
+            f"{path}: no column 'question'{nearest('question', columns)}; it has {', '.join(map(str, columns))}"
+        )
+    schema = next(name for name, wanted in _SCHEMAS.items() if set(wanted) <= set(columns))
+    return [_item(path.stem, schema, n, record) for n, record in enumerate(records, 1) if record.get("question")]
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    if path.suffix not in (".parquet", ".jsonl", ".csv"):
+        raise UserError(f"{path}: config.data.benchmarks takes .parquet, .jsonl and .csv")
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; check config.data.benchmarks")
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            return pq.read_table(path).to_pylist()
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return (
+                list(csv.DictReader(file))
+                if path.suffix == ".csv"
+                else [json.loads(line) for line in file if line.strip()]
+            )
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}); copy or write it again") from error
+
+
+def _item(benchmark: str, schema: str, number: int, record: Mapping[str, Any]) -> Item:
+    options: Any = record.get("choices") if schema == "MMLU" else record.get("options")
+    if schema == "MedMCQA":
+        options = [record[f"op{letter}"] for letter in "abcd"]
+    letters = list(LETTERS)
+    if isinstance(options, Mapping):
+        letters, options = list(options), list(options.values())
+    options = tuple(str(o.get("value") if isinstance(o, Mapping) else o) for o in options or () if o is not None)
+    right = record.get({"MMLU": "answer", "MedMCQA": "cop", "MedQA": "answer_idx"}.get(schema, "answer"))
+    if isinstance(right, str) and right in letters[: len(options)]:
+        right = letters.index(right)
+    answer = options[right] if isinstance(right, int) and 0 <= right < len(options) else str(right or "")
+    return Item(
+        benchmark, str(record.get("id") or record.get("pubid") or number), str(record["question"]), options, answer
+    )

@@ -1,0 +1,38 @@
+"""Texts as sequences of words that case, punctuation and spacing do not change, and numbers for runs of words."""
+
+import re
+import zlib
+
+import numpy as np
+from jaxtyping import UInt64
+
+_WORD = re.compile(r"\w+")
+_BASE = np.uint64(0x9E3779B97F4A7C15)
+
+
+def words_of(text: str) -> list[str]:
+    """The words, case-folded; numbers are words."""
+    return _WORD.findall(text.casefold())
+
+
+def hashes(words: list[str]) -> UInt64[np.ndarray, " n"]:
+    """A number for each word, the same in every process."""
+    crc = np.fromiter((zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words), np.uint64, len(words))
+    return (crc + np.uint64(1)) * _BASE
+
+
+def runs(word_hashes: UInt64[np.ndarray, " n"], length: int) -> UInt64[np.ndarray, " m"]:
+    """A number for each run of `length` words; none if there are fewer."""
+    count = len(word_hashes) - length + 1
+    if count <= 0:
+        return np.zeros(0, np.uint64)
+    total = np.zeros(count, np.uint64)
+    for at in range(length):
+        total = total * _BASE + (word_hashes[at : at + count] ^ (word_hashes[at : at + count] >> np.uint64(29)))
+    return total ^ (total >> np.uint64(31))
+
+
+def one(word_hashes: UInt64[np.ndarray, " n"]) -> np.uint64:
+    """A number for the whole sequence."""
+    found = runs(word_hashes, len(word_hashes)) if len(word_hashes) else np.zeros(1, np.uint64)
+    return found[0] + np.uint64(len(word_hashes))
