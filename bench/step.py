@@ -22,7 +22,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from memory import peak_of, resident
+from memory import give_back, peak_of, resident
 from step_case import ALPHA, B1, B2, CLIP, DECAY, RATE, Case, arguments, make_case, make_ours
 from timing import side_by_side
 from transformers import AutoModelForCausalLM
@@ -137,6 +137,7 @@ def main() -> None:
         "stored scores": lambda: ours(case, args.block, args.remat, STORED),
     }
     if args.only:
+        give_back()
         before = resident()
         peak, _ = peak_of(forms[args.only]())
         return print(f"{(peak - before) / 2**30:.2f} GiB at the peak, above {before / 2**30:.2f}")

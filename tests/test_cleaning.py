@@ -14,8 +14,9 @@ import pytest
 from distil_jax.data import clean, contamination, duplicates, hpo, personal
 from distil_jax.data.cleaner import CONTAMINATED, RowCleaner
 from distil_jax.data.contamination import Index, Item
-from distil_jax.data.duplicates import Seen, prints
+from distil_jax.data.duplicates import Seen
 from distil_jax.data.sources import Quarantine, Row
+from distil_jax.data.words import words_of
 from distil_jax.errors import UserError
 from distil_jax.gather import Refusal
 
@@ -91,6 +92,10 @@ def test_other_languages_are_refused_and_medical_english_is_not(definitions):
     for text in (drugs, latin, "corazón roto"):
         assert clean.refusal("", text, clean.Limits()) is None
     assert not [text for _, text in definitions if clean.other_language(text)]
+
+
+def prints(texts):
+    return duplicates.prints([(text, words_of(text)) for text in texts])
 
 
 # ---- duplicates ------------------------------------------------------------------------------------------------------
@@ -205,7 +210,7 @@ def test_planted_questions_are_found_and_clean_text_is_not_accused(definitions):
         "80 % of its runs": lambda item: mcq(changed_to(item, 0.8, rng), reordered(item)),
     }
     for name, form in forms.items():
-        found = [index.find(form(item)) for item in items]
+        found = [index.find(words_of(form(item))) for item in items]
         right = [hit is not None and hit.item.question == item.question for hit, item in zip(found, items, strict=True)]
         assert np.mean(right) >= 0.99, name
     clean_rows = [f"Question: What is {name}?\nAnswer: {text}" for name, text in definitions[900:]]
@@ -213,18 +218,20 @@ def test_planted_questions_are_found_and_clean_text_is_not_accused(definitions):
         mcq("Which of the following is the drug of choice for " + name + "?", "abcd") for name, _ in definitions
     ]
     for rows in (clean_rows, templated):
-        assert np.mean([index.find(row) is not None for row in rows]) <= 0.001
+        assert np.mean([index.find(words_of(row)) is not None for row in rows]) <= 0.001
 
 
 def test_short_questions_need_their_choices():
     index = Index(
         [Item("b", "1", "Which drug is given first?", ("Aspirin", "Heparin", "Warfarin", "Alteplase"), "Aspirin")]
     )
-    assert index.find("Which drug is given first? A. heparin B. Aspirin").item.id == "1"
-    assert index.find("Which drug is given first? A. rest B. surgery") is None
-    assert index.find("nothing of the kind") is None and Index([]).find("x") is None
+    assert index.find(words_of("Which drug is given first? A. heparin B. Aspirin")).item.id == "1"
+    assert index.find(words_of("Which drug is given first? A. rest B. surgery")) is None
+    assert index.find(words_of("nothing of the kind")) is None and Index([]).find(["x"]) is None
     one = Index([Item("b", "2", "Define gout.", (), "Arthritis from urate")])
-    assert one.find("Define gout: arthritis from urate.") and one.find("Define gout: swelling") is None
+    assert (
+        one.find(words_of("Define gout: arthritis from urate.")) and one.find(words_of("Define gout: swelling")) is None
+    )
 
 
 def test_benchmarks_are_read_in_their_schemas(tmp_path):

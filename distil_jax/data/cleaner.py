@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from distil_jax.data import clean, duplicates, personal
 from distil_jax.data.contamination import Index
 from distil_jax.data.sources import Row
+from distil_jax.data.words import words_of
 from distil_jax.gather import Cleaned, Refusal
 
 PERSONAL = ("keep", "report", "replace")  # config.data.personal
@@ -34,7 +35,7 @@ class RowCleaner:
         for row in rows:
             outcomes.append(self._one(row, counts))
         kept = [row for row in outcomes if isinstance(row, Row)]
-        made = duplicates.prints([_said(row) for row in kept]) if self.prints else None
+        made = duplicates.prints([(said, words_of(said)) for said in map(_said, kept)]) if self.prints else None
         return Cleaned(outcomes, made, counts)
 
     def _one(self, row: Row, counts: Counter[str]) -> Row | Refusal:
@@ -45,7 +46,7 @@ class RowCleaner:
                 row = replace(row, prompt=prompt, completion=completion)
             if refused := clean.refusal(prompt, completion, self.limits):
                 return Refusal(row.source, row.id, *refused)
-        if self.benchmarks is not None and (hit := self.benchmarks.find(f"{row.prompt}\n{row.completion}")):
+        if self.benchmarks is not None and (hit := self.benchmarks.find(words_of(f"{row.prompt}\n{row.completion}"))):
             detail = f"{hit.item.benchmark} {hit.item.id}, {hit.overlap:.0%}: {hit.item.question[:200]}"
             return Refusal(row.source, row.id, CONTAMINATED, detail)
         return row if self.personal == "keep" or row.messages else self._without_personal(row, counts)

@@ -7,7 +7,7 @@ for ..."): one of fewer than 16 words counts only if the row also holds half of 
 
 import csv
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,19 +58,20 @@ class Index:
         self._keys = key[order]
         self._owners = np.concatenate(owners)[order] if owners else np.zeros(0, np.int32)
         self._sizes, self._lengths = np.array(sizes, np.int64), np.array(lengths, np.int64)
+        self._run_lengths = sorted({min(RUN, max(1, length)) for length in lengths})
 
-    def find(self, text: str) -> Hit | None:
-        """The item that the text holds most of; None if it holds none."""
+    def find(self, words: list[str]) -> Hit | None:
+        """The item that a text holds most of, given its words (words.words_of); None if it holds none."""
         if not len(self._keys):
             return None
-        words = words_of(text)
-        held = np.unique(np.concatenate([runs(hashes(words), n) for n in (self._lengths_of_runs())]))
+        hashed = hashes(words)
+        held = np.concatenate([runs(hashed, n) for n in self._run_lengths])
         start = np.searchsorted(self._keys, held, "left")
-        stop = np.searchsorted(self._keys, held, "right")
-        there = stop > start
-        if not there.any():
+        held = np.unique(held[self._keys[np.minimum(start, len(self._keys) - 1)] == held])
+        if not len(held):
             return None
-        owners = np.concatenate([self._owners[a:b] for a, b in zip(start[there], stop[there], strict=True)])
+        start, stop = (np.searchsorted(self._keys, held, side) for side in ("left", "right"))
+        owners = np.concatenate([self._owners[a:b] for a, b in zip(start, stop, strict=True)])
         items, counts = np.unique(owners, return_counts=True)
         share = counts / self._sizes[items]
         for at in np.lexsort((items, -share)):
@@ -80,10 +81,6 @@ class Index:
             if self._lengths[number] >= SHORT or _has_choices(self.items[number], words):
                 return Hit(self.items[number], round(float(share[at]), 3))
         return None
-
-    def _lengths_of_runs(self) -> Sequence[int]:
-        shortest = int(self._lengths.min())
-        return range(max(1, min(RUN, shortest)), RUN + 1)
 
 
 def _runs(words: list[str]) -> np.ndarray:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int64, UInt64
 
-from distil_jax.data.words import hashes, one, words_of
+from distil_jax.data.words import hashes, runs, whole
 
 BANDS = 16
 MINIMA = 4 * BANDS
@@ -28,22 +28,23 @@ _NUMBER = re.compile(r"\d+")
 Prints = UInt64[np.ndarray, "n 18"]
 
 
-def prints(texts: Sequence[str]) -> Prints:
-    """The prints of some texts; the same in every process."""
+def prints(texts: Sequence[tuple[str, list[str]]]) -> Prints:
+    """The prints of texts, each with its words (words.words_of); the same in every process."""
     import rensa
 
     made = np.zeros((len(texts), WIDTH), np.uint64)
-    sets = []
-    for n, text in enumerate(texts):
-        words = words_of(text)
-        made[n, 0] = one(hashes(words))
-        made[n, 1] = one(hashes(_NUMBER.findall(text))) if len(words) >= FEWEST else made[n, 0]
-        pairs = [f"{a} {b}" for a, b in zip(words, words[1:], strict=False)]
-        sets.append(pairs or words or [""])
-    if texts:
-        minima = np.asarray(rensa.RMinHash.digests_from_token_sets(sets, num_perm=MINIMA, seed=_SEED), np.uint32)
-        short = ((minima >> 16) ^ minima).astype(np.uint16)
-        made[:, 2:] = np.ascontiguousarray(short).view(np.uint64)
+    if not texts:
+        return made
+    pairs = []
+    for n, (text, words) in enumerate(texts):
+        made[n, 0] = whole(words)
+        made[n, 1] = whole(_NUMBER.findall(text)) if len(words) >= FEWEST else made[n, 0]
+        pairs.append(runs(hashes(words), min(2, max(1, len(words)))))
+    offsets = np.cumsum([0, *map(len, pairs)], dtype=np.uint64)
+    digests = rensa.RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(pairs), offsets, MINIMA, _SEED)
+    minima = np.asarray(digests.to_rows(), np.uint32)
+    short = ((minima >> 16) ^ minima).astype(np.uint16)
+    made[:, 2:] = np.ascontiguousarray(short).view(np.uint64)
     return made
 
 

@@ -1,5 +1,6 @@
 """Texts as sequences of words that case, punctuation and spacing do not change, and numbers for runs of words."""
 
+import hashlib
 import re
 import zlib
 
@@ -32,7 +33,7 @@ def runs(word_hashes: UInt64[np.ndarray, " n"], length: int) -> UInt64[np.ndarra
     return total ^ (total >> np.uint64(31))
 
 
-def one(word_hashes: UInt64[np.ndarray, " n"]) -> np.uint64:
-    """A number for the whole sequence."""
-    found = runs(word_hashes, len(word_hashes)) if len(word_hashes) else np.zeros(1, np.uint64)
-    return found[0] + np.uint64(len(word_hashes))
+def whole(words: list[str]) -> int:
+    """A number below 2^64 for the whole sequence, the same in every process."""
+    said = " ".join(words).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "little")
