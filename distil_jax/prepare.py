@@ -16,9 +16,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from distil_jax import learners
-from distil_jax.data import frequencies, hpo, sources
+from distil_jax.data import frequencies, hpo
+from distil_jax.data.files import read_files
 from distil_jax.data.loader import write_shards
-from distil_jax.data.sources import Quarantine, Row
+from distil_jax.data.rows import Quarantine, Row, as_conversation
 from distil_jax.data.train_tokenizers import train_gemma_style, train_llama_style
 from distil_jax.errors import UserError, nearest
 from distil_jax.metrics import is_first_process
@@ -113,13 +114,13 @@ def read_rows(config: ConfigDict, quarantine: Quarantine) -> tuple[list[Row], di
         raise UserError(f"config.data.corpus is {name!r}: it is {' or '.join(EMBEDDED)}{nearest(name, EMBEDDED)}")
     files = files_of(config)
     if files:
-        rows = list(sources.read_files(files, quarantine))
+        rows = list(read_files(files, quarantine))
         licences = Counter(f"{row.source}: {row.licence or 'not stated'}" for row in rows)
         provenance = {"files": files, "licences": dict(licences)}
     else:
         corpus = EMBEDDED[name](quarantine)
         rows, provenance = corpus.rows, corpus.manifest
-    return [sources.as_conversation(row) for row in rows] if config.data.chat == "on" else rows, provenance
+    return [as_conversation(row) for row in rows] if config.data.chat == "on" else rows, provenance
 
 
 def check_chat(config: ConfigDict, rows: Sequence[Row]) -> None:

@@ -7,13 +7,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from ml_collections import ConfigDict
+from test_files import read
 from test_pack import BARE, small_table
-from test_sources import read
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distil_jax import conversation, prepare
-from distil_jax.data import sources
+from distil_jax.data.rows import Row, as_conversation
 from distil_jax.errors import UserError
 from distil_jax.tokens import chat
 from distil_jax.tokens.align import NONE, ROOT
@@ -238,7 +238,7 @@ def test_rows_with_messages_from_every_format(tmp_path):
     for extension in ("jsonl", "parquet", "csv"):
         (row,), refused = read(tmp_path / f"a.{extension}", tmp_path)
         assert not refused
-        assert row.messages == talk("q é", "a") and (row.kind, row.specialty) == ("chat", "eye")
+        assert row.messages == talk("q é", "a") and (row.kind, row.specialty) == ("DIALOGUE", "eye")
         assert (row.prompt, row.completion, row.ended) == ("q é", "a", True)
 
 
@@ -283,11 +283,11 @@ def test_parquet_messages_that_are_not_utf8_cost_their_row(tmp_path):
 
 
 def test_pairs_become_conversations_where_asked_for():
-    row = sources.Row("1", "s", "train", "x", "other", "pair", " Q? \n", " A.")
-    made = sources.as_conversation(row)
-    assert made.messages == talk("Q?", "A.") and (made.kind, made.prompt, made.completion) == ("chat", "Q?", "A.")
-    text = sources.Row("1", "s", "train", "x", "other", "text", "", "plain")
-    assert sources.as_conversation(text) is text and sources.as_conversation(made) is made
+    row = Row("1", "s", "train", "x", "other", "QA", " Q? \n", " A.")
+    made = as_conversation(row)
+    assert made.messages == talk("Q?", "A.") and (made.kind, made.prompt, made.completion) == ("DIALOGUE", "Q?", "A.")
+    text = Row("1", "s", "train", "x", "other", "TEXT", "", "plain")
+    assert as_conversation(text) is text and as_conversation(made) is made
 
 
 def chat_config(**data) -> ConfigDict:
@@ -297,8 +297,7 @@ def chat_config(**data) -> ConfigDict:
 def test_a_corpus_that_learns_nothing_or_everything_of_its_chats_is_refused_with_the_numbers():
     def rows(*texts):
         return [
-            sources.Row(str(n), "s", "train", "x", "other", "chat", "", "", messages)
-            for n, messages in enumerate(texts)
+            Row(str(n), "s", "train", "x", "other", "DIALOGUE", "", "", messages) for n, messages in enumerate(texts)
         ]
 
     only_questions = rows(talk("four"), talk("five!"))
@@ -312,6 +311,6 @@ def test_a_corpus_that_learns_nothing_or_everything_of_its_chats_is_refused_with
         assert all(part in str(error.value) for part in [*said, "config.data.chat_any_share"]), str(error.value)
         prepare.check_chat(chat_config(chat_any_share=True), bad)
     prepare.check_chat(chat_config(), rows(talk("four", "five!")))
-    prepare.check_chat(chat_config(), [sources.Row("1", "s", "train", "x", "other", "text", "", "plain")])
+    prepare.check_chat(chat_config(), [Row("1", "s", "train", "x", "other", "TEXT", "", "plain")])
     with pytest.raises(UserError, match="config.data.chat is 'yes'; use one of 'off', 'on'"):
         prepare.read_rows(chat_config(chat="yes"), None)

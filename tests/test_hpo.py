@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from distil_jax.data import hpo
-from distil_jax.data.sources import Quarantine, Row
+from distil_jax.data.rows import Quarantine, Row
 from distil_jax.errors import UserError
 
 
@@ -133,7 +133,7 @@ def test_near_duplicates_by_jaccard_and_by_containment():
     long = "one two three four five six seven eight nine ten"
 
     def row(name, split, text):
-        return Row(name, "s", split, "l", "other", "definition", "", text)
+        return Row(name, "s", split, "l", "other", "QA", "", text)
 
     rows = [
         row("T1", "train", long + " eleven twelve thirteen fourteen fifteen sixteen"),

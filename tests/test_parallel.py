@@ -11,7 +11,7 @@ import pytest
 
 from distil_jax import prepare
 from distil_jax.config import load_config
-from distil_jax.data.sources import Quarantine, Row
+from distil_jax.data.rows import Quarantine, Row
 from distil_jax.data.train_tokenizers import train_gemma_style, train_llama_style
 from distil_jax.errors import UserError
 from distil_jax.tokens import parallel
@@ -34,7 +34,7 @@ def rows() -> list[Row]:
             split="train",
             licence="",
             specialty=("heart", "lung")[n % 2],
-            kind="pair",
+            kind="QA",
             prompt=" ".join(rng.choice(words, 3)),
             completion=bad.get(n, " ".join(rng.choice(words, rng.integers(1, 30)))),
         )

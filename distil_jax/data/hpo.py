@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distil_jax.data.sources import Quarantine, Row, stable_fraction
+from distil_jax.data.rows import Quarantine, Row, stable_fraction
 from distil_jax.errors import UserError
 
 LICENCE = "https://hpo.jax.org/app/license"
@@ -83,7 +83,7 @@ def load_corpus(quarantine: Quarantine, obo: str | os.PathLike | None = None) ->
             split=side[term.id],
             licence=ontology.licence,
             specialty=specialty[term.id],
-            kind="definition",
+            kind="QA",
             prompt=f"Question: What is {term.name}?\nAnswer:",
             completion=f" {term.definition}",
         )

@@ -1,9 +1,4 @@
-"""Rows of text: the one schema that every source yields, the reader of the user's own files, and the quarantine.
-
-A row's text is `prompt + completion`, with nothing put between them; only the completion is learned from. A row may be
-a conversation instead, which each model then reads in its own format (tokens/chat.py). A row that cannot be used is
-never dropped silently: it goes to `quarantine.jsonl` with its file, line and reason, and is counted.
-"""
+"""The reader of the user's own files: .jsonl, .csv and .parquet to rows, and what cannot be one to the quarantine."""
 
 from __future__ import annotations
 
@@ -11,104 +6,20 @@ import csv
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from distil_jax import conversation
 from distil_jax.conversation import Message
+from distil_jax.data.rows import SPLITS, Quarantine, Row, as_text, split_of
 from distil_jax.errors import UserError, nearest
 
-SPLITS = ("train", "validation", "test")
 _SPLIT_ALIASES = {"val": "validation", "valid": "validation", "dev": "validation"}
 _OPTIONAL_COLUMNS = ("id", "source", "licence", "specialty", "split", "stopped")
 _TRUTH = {"true": True, "false": False}
 _PEEK_ROWS = 100  # a JSONL file has no header: the keys of its first rows stand for one
-
-
-@dataclass(frozen=True)
-class Row:
-    """One document. `kind` is "pair" (a prompt and its completion), "text" (empty prompt, all of it learned) or "chat".
-
-    A chat has `messages` (conversation.checked); its completion is the content of the last message and its prompt those
-    before it, as plain text with an empty line between them. `ended`: whether the text is whole; the end of a text that
-    was cut short is not learned.
-    """
-
-    id: str
-    source: str
-    split: str
-    licence: str
-    specialty: str
-    kind: str
-    prompt: str
-    completion: str
-    messages: tuple[Message, ...] = ()
-    ended: bool = True
-
-
-def as_conversation(row: Row) -> Row:
-    """A prompt and its completion as a conversation: the user's and the assistant's. Rows without a prompt, and those
-    that are conversations, as they are."""
-    if row.messages or not row.prompt.strip():
-        return row
-    messages = conversation.of_pair(row.prompt, row.completion)
-    prompt, completion = _as_text(messages)
-    return replace(row, kind="chat", prompt=prompt, completion=completion, messages=messages)
-
-
-def _as_text(messages: tuple[Message, ...]) -> tuple[str, str]:
-    """Prompt and completion of a conversation in plain text."""
-    *before, last = [message["content"] for message in messages]
-    return "\n\n".join(before), last
-
-
-class Quarantine:
-    """Collects unusable rows in a JSON-lines file (`file`, `row`, `reason`, `detail`) and counts them by reason.
-
-    `row` is the 1-based line of a text file, the 1-based row of a Parquet file, or the name of a term. The file is
-    started afresh, so a file of zero length means that nothing was refused. Use it as a context manager, or `close()`.
-    `counts` (reason -> rows) belongs in the manifest; keep `reason` to a few fixed phrases, the rest goes to `detail`.
-    """
-
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-        self.counts: Counter[str] = Counter()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "w", encoding="utf-8")
-
-    def add(self, file: str | os.PathLike, row: int | str, reason: str, detail: str = "") -> None:
-        record = {"file": str(file), "row": row, "reason": reason, "detail": detail}
-        self._file.write(json.dumps(record) + "\n")  # ASCII: a detail may hold what UTF-8 cannot
-        self.counts[reason] += 1
-
-    @property
-    def total(self) -> int:
-        return self.counts.total()
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> Quarantine:
-        return self
-
-    def __exit__(self, *exc_info) -> None:
-        self.close()
-
-
-def stable_fraction(key: str, seed: int | str = 0) -> float:
-    """A number in [0, 1) that depends on `key` and `seed` alone: not on the process, the machine or the order."""
-    digest = hashlib.sha256(f"{seed}\0{key}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def split_of(key: str, *, seed: int | str = 0, validation: float = 0.04, test: float = 0.08) -> str:
-    """The split of a document by a hash of `key`: the same key is always on the same side."""
-    u = stable_fraction(key, seed)
-    return "test" if u < test else "validation" if u < test + validation else "train"
 
 
 def read_files(
@@ -200,9 +111,9 @@ def _text_fields(record: dict) -> tuple[str, str, str, tuple[Message, ...]] | st
     if messages not in (None, ""):
         return _conversation(messages, completion)
     if completion is not None and prompt is not None:
-        return ("pair" if prompt != "" else "text"), prompt, completion, ()
+        return ("QA" if prompt != "" else "TEXT"), prompt, completion, ()
     if text is not None:
-        return "text", "", text, ()
+        return "TEXT", "", text, ()
     present = ", ".join(name for name, value in record.items() if value is not None) or "nothing"
     return f"missing field: the row has {present}; it needs prompt and completion, text, or messages"
 
@@ -220,7 +131,7 @@ def _conversation(messages: object, completion: object) -> tuple[str, str, str, 
         return f"malformed JSON: in messages: {error}"
     except UserError as error:
         return f"not a conversation: {error}"
-    return "chat", *_as_text(found), found
+    return "DIALOGUE", *as_text(found), found
 
 
 def _problem(prompt: object, completion: object, given: dict) -> str | None:

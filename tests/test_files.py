@@ -2,14 +2,13 @@
 
 import csv
 import json
-import subprocess
-import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distil_jax.data.sources import Quarantine, read_files, split_of, stable_fraction
+from distil_jax.data.files import read_files
+from distil_jax.data.rows import Quarantine
 from distil_jax.errors import UserError
 
 
@@ -38,8 +37,8 @@ def test_the_three_formats_give_the_same_rows(tmp_path):
         assert not refused
         seen.append([(r.kind, r.prompt, r.completion, r.specialty, r.licence, r.source, r.split) for r in rows])
     assert seen[0] == seen[1] == seen[2]
-    assert seen[0][0][:6] == ("pair", "Q: α?\nA:", ' "quoted", and\na second line', "eye", "CC0", "a")
-    assert seen[0][1][:6] == ("text", "", "plain text 🧬", "other", "unknown", "a")
+    assert seen[0][0][:6] == ("QA", "Q: α?\nA:", ' "quoted", and\na second line', "eye", "CC0", "a")
+    assert seen[0][1][:6] == ("TEXT", "", "plain text 🧬", "other", "unknown", "a")
 
 
 def test_jsonl_refuses_rows_by_line_and_keeps_the_rest(tmp_path):
@@ -123,8 +122,3 @@ def test_split_depends_on_the_text_alone_and_keeps_equal_texts_together(tmp_path
     a, b = (read(tmp_path / f"{name}.jsonl", tmp_path)[0] for name in "ab")
     assert {r.completion: r.split for r in a} == {r.completion: r.split for r in b}
     assert {r.split for r in a} == {"train", "validation", "test"}
-    shares = [split_of(str(i), validation=0.1, test=0.2) for i in range(4000)]
-    assert abs(shares.count("test") / 4000 - 0.2) < 0.02 and abs(shares.count("validation") / 4000 - 0.1) < 0.02
-    code = "from distil_jax.data.sources import stable_fraction; print(stable_fraction('x', 3))"
-    other_process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(other_process.stdout) == stable_fraction("x", 3)
