@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 from distil_jax import conversation
 from distil_jax.conversation import Message
-from distil_jax.data.rows import SPLITS, Quarantine, Row, as_text, split_of
+from distil_jax.data.formats import READERS
+from distil_jax.data.rows import SPLITS, Quarantine, Row, as_text, encodable, split_of
 from distil_jax.errors import UserError, nearest
 
 _SPLIT_ALIASES = {"val": "validation", "valid": "validation", "dev": "validation"}
 _OPTIONAL_COLUMNS = ("id", "source", "licence", "specialty", "split", "stopped")
 _TRUTH = {"true": True, "false": False}
-_PEEK_ROWS = 100  # a JSONL file has no header: the keys of its first rows stand for one
+_EXTENSIONS = (".jsonl", ".csv", ".parquet")
+_COLUMNS = {"prompt", "completion", "text", "messages", "license", *_OPTIONAL_COLUMNS}
 
 
 def read_files(
@@ -45,7 +44,7 @@ def read_files(
     """
     paths = [Path(f) for f in ([files] if isinstance(files, (str, os.PathLike)) else files)]
     for path in paths:
-        if path.suffix.lower() not in _READERS:
+        if path.suffix.lower() not in _EXTENSIONS:
             hint = "; if it has one JSON object a line, name it .jsonl" if path.suffix.lower() == ".json" else ""
             raise UserError(f"{path}: data.files takes .jsonl, .csv and .parquet, not {path.suffix!r}{hint}")
         if not path.is_file():
@@ -66,7 +65,7 @@ def read_files(
 
 
 def _rows_of_file(path: Path, quarantine: Quarantine, seed: int, validation: float, test: float) -> Iterator[Row]:
-    columns, records = _READERS[path.suffix.lower()](path, quarantine)
+    columns, records = READERS[path.suffix.lower()](path, quarantine, _COLUMNS)
     if columns:  # no columns at all: nothing could be read, and the caller says so
         _check_columns(path, columns)
     for number, record in records:
@@ -136,20 +135,11 @@ def _conversation(messages: object, completion: object) -> tuple[str, str, str, 
 
 def _problem(prompt: object, completion: object, given: dict) -> str | None:
     values = (prompt, completion, *given.values())
-    if any(isinstance(value, bytes) or (isinstance(value, str) and not _encodable(value)) for value in values):
+    if not all(encodable(value) for value in values):
         return "not UTF-8"
     if not (isinstance(prompt, str) and isinstance(completion, str)):
         return "not a string"
     return None if completion.strip() else "empty text"
-
-
-def _encodable(text: str) -> bool:
-    """False for lone surrogates: undecodable bytes of a CSV, or \\udXXX written in JSON."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _check_columns(path: Path, columns: list[str]) -> None:
@@ -165,123 +155,3 @@ def _check_columns(path: Path, columns: list[str]) -> None:
         else "no columns 'prompt' and 'completion', or 'text', or 'messages'"
     )
     raise UserError(f"{path}: {missing}; it has {', '.join(columns)}{guess}; rename the columns in the file")
-
-
-# Readers: each returns (column names, iterator of (1-based line or row, record)).
-
-
-def _read_jsonl(path: Path, quarantine: Quarantine):
-    def records():
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                try:
-                    record = json.loads(line.decode("utf-8"))
-                except UnicodeDecodeError as error:
-                    quarantine.add(path, number, "not UTF-8", str(error))
-                except (json.JSONDecodeError, RecursionError) as error:
-                    reason = "malformed JSON" if line.strip() else "empty line"
-                    quarantine.add(path, number, reason, str(error))
-                else:
-                    if isinstance(record, dict):
-                        yield number, record
-                    else:
-                        quarantine.add(path, number, "malformed JSON", "not an object with named fields")
-
-    rest = records()
-    head = list(islice(rest, _PEEK_ROWS))
-    columns = list(dict.fromkeys(name for _, record in head for name in record))
-    if head and not columns:
-        columns = ["(no fields)"]
-    return columns, chain(head, rest)
-
-
-def _read_csv(path: Path, quarantine: Quarantine):
-    csv.field_size_limit(2**31 - 1)  # the default, 131072 characters, is less than one long document
-
-    def lines():
-        # Undecodable bytes become surrogates, so that they cost their row and not the file.
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            yield from file
-
-    try:
-        columns = [name.strip() for name in next(csv.reader(lines(), strict=True), [])]
-    except csv.Error as error:
-        raise UserError(f"{path}: the header is not CSV ({error}); write one line of column names") from error
-
-    def records():
-        reader = csv.reader(lines(), strict=True)
-        next(reader, None)
-        while True:
-            number = reader.line_num + 1
-            try:
-                values = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                quarantine.add(path, number, "malformed CSV", f"to line {reader.line_num}: {error}")
-                continue
-            if not values:
-                quarantine.add(path, number, "empty line")
-            elif len(values) != len(columns):
-                quarantine.add(path, number, "malformed CSV", f"{len(values)} fields under {len(columns)} columns")
-            else:
-                yield number, dict(zip(columns, values, strict=True))
-
-    return columns, records()
-
-
-def _read_parquet(path: Path, quarantine: Quarantine):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        parquet = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a whole Parquet file ({error}); copy or write it again") from error
-    schema = parquet.schema_arrow
-    known = {"prompt", "completion", "text", "messages", "license", *_OPTIONAL_COLUMNS}
-    wanted = [name for name in schema.names if name in known]
-
-    def records():
-        number = 0
-        try:
-            for batch in parquet.iter_batches(batch_size=1024, columns=wanted):
-                columns = [_values(batch.column(name)) for name in wanted]
-                for values in zip(*columns, strict=True):
-                    number += 1
-                    yield number, dict(zip(wanted, values, strict=True))
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path} breaks off after row {number} ({error}); copy or write it again") from error
-        finally:
-            parquet.close()
-
-    def _values(column: pa.Array) -> list:
-        if pa.types.is_dictionary(column.type):
-            column = column.dictionary_decode()
-        kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
-        if not any(kind(column.type) for kind in kinds):
-            return [_value(scalar) for scalar in column]
-        return [_decoded(value) for value in column.cast(pa.large_binary()).to_pylist()]
-
-    return list(schema.names), records()
-
-
-def _value(scalar: Any) -> Any:
-    """What an Arrow scalar holds; bytes where a text in it (in a list of messages) is not UTF-8."""
-    try:
-        return scalar.as_py()
-    except UnicodeDecodeError as error:
-        return bytes(error.object)
-
-
-def _decoded(value: bytes | None) -> str | bytes | None:
-    """Text of UTF-8 bytes; bytes that are not stay bytes, for the quarantine to name their row."""
-    try:
-        return value if value is None else value.decode("utf-8")
-    except UnicodeDecodeError:
-        return value
-
-
-_READERS = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}

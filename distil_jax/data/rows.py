@@ -99,6 +99,17 @@ class Quarantine:
         self.close()
 
 
+def encodable(value: object) -> bool:
+    """False for bytes and for text with lone surrogates: undecodable bytes of a file, or \\udXXX written in JSON."""
+    if not isinstance(value, str):
+        return not isinstance(value, bytes)
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def stable_fraction(key: str, seed: int | str = 0) -> float:
     """A number in [0, 1) that depends on `key` and `seed` alone: not on the process, the machine or the order."""
     digest = hashlib.sha256(f"{seed}\0{key}".encode()).digest()
