@@ -143,7 +143,7 @@ def test_each_source_in_its_true_schema(name, suffix, tmp_path):
     assert (rows[0].prompt, rows[0].completion, rows[0].kind) == (prompt, completion, kind) and not refused
     assert kind in KINDS and rows[0].source == name and rows[0].licence == source.licence
     assert rows[0].specialty in specialties.SPECIALTIES
-    if name not in ("medmcqa", "pubmedqa", "covid_qa"):
+    if name not in ("medmcqa", "pubmedqa"):
         stem = f"{source.parts[0].config}/{file.stem}" if source.parts[0].config else file.stem
         assert rows[0].id == f"{name}:{stem}:1"
     assert len(rows) == (2 if name == "pubmedqa" else 1)
