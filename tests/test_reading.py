@@ -312,20 +312,20 @@ def test_an_array_longer_than_a_piece_is_read_object_by_object(tmp_path):
 
 
 def test_the_hub_streams_the_same_rows_and_a_failure_names_source_and_row(tmp_path, monkeypatch):
-    pytest.importorskip("datasets", reason="the extra `data` is not installed")
+    datasets = pytest.importorskip("datasets", reason="the extra `data` is not installed")
     source = chosen(["pubmedqa"])[0]
     source = replace(source, parts=source.parts[:1])
     file = put(tmp_path, source, source.parts[0], [PUBMED | {"pubid": n} for n in range(5)])
-    local = reading.hub_table
+    load, asked = datasets.load_dataset, []
 
-    def from_file(hub_id, config, split, after):
-        assert (hub_id, config, split) == ("qiaojin/PubMedQA", "pqa_artificial", "train")
-        return local("parquet", None, split, after, data_files=str(file))
+    def from_file(hub_id, *, split, streaming, **where):
+        asked.append((hub_id, split, where))
+        return load("parquet", data_files=str(file), split=split, streaming=streaming)
 
     on_disk, _ = read(source, tmp_path, tmp_path)
-    monkeypatch.setattr(reading, "hub_table", from_file)
+    monkeypatch.setattr(datasets, "load_dataset", from_file)
     streamed, _ = read(source, reading.HUB, tmp_path)
-    assert streamed == on_disk
+    assert streamed == on_disk and asked == [("qiaojin/PubMedQA", "train", {"name": "pqa_artificial"})]
     with Quarantine(tmp_path / "q.jsonl") as quarantine:
         (unit,) = reading.units(source, reading.HUB)
         assert [*reading.unit_rows(unit, quarantine, after=3)] == on_disk[6:]
@@ -351,3 +351,46 @@ def test_without_the_extra_the_user_is_told_what_to_install(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"source mediqa: reading from hub needs datasets; pip install"):
         read(chosen(["mediqa"])[0], reading.HUB, tmp_path)
+
+
+def test_a_repository_with_a_script_is_read_from_the_hubs_export(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="the extra `data` is not installed")
+    asked = {}
+
+    def load(hub_id, **where):
+        asked.update(where, hub_id=hub_id)
+        raise FileNotFoundError("no such branch")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(UserError, match=r"source covid_qa .* breaks off after row 0: .*no such branch"):
+        read(chosen(["covid_qa"])[0], reading.HUB, tmp_path)
+    assert (asked["hub_id"], asked["revision"]) == ("deepset/covid_qa_deepset", "refs/convert/parquet")
+    assert asked["data_files"] == {"train": "*/train/*.parquet"}
+
+
+def test_files_of_an_export_have_ids_of_their_own(tmp_path):
+    source = named("mmlu")
+    source = replace(source, parts=source.parts[:2])
+    for split in ("dev", "validation"):
+        folder = tmp_path / source.hub_id / "anatomy" / split
+        folder.mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist([MMLU]), folder / "0000.parquet")
+    rows, _ = read(source, tmp_path, tmp_path)
+    assert [row.id for row in rows] == ["mmlu:anatomy/dev-0000:1", "mmlu:anatomy/validation-0000:1"]
+
+
+def test_a_paper_is_cut_to_the_words_around_its_answer():
+    words = [f"w{n}" for n in range(3000)]
+    paper = " ".join(words)
+    start = paper.index(" w1500 ") + 1
+    record = COVID | {"context": paper, "answers": {"text": ["w1500 w1501"], "answer_start": [start]}}
+    (fields,) = adapters.covid_qa(record)
+    kept = fields.meta["context"].split()
+    first = words.index(kept[0])
+    assert kept == words[first : first + len(kept)] and "w1500" in kept and fields.completion == " w1500 w1501"
+    before, after = fields.meta["context"].split("w1500 w1501")
+    assert (
+        adapters.WINDOW - 10 < len(before) <= adapters.WINDOW and adapters.WINDOW - 10 < len(after) <= adapters.WINDOW
+    )
+    whole = adapters.covid_qa(COVID)[0].meta
+    assert whole["context"] == COVID["context"].strip() and whole["cluster"] != fields.meta["cluster"]

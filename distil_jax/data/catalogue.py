@@ -17,13 +17,15 @@ class Part:
     """One config and split of a source.
 
     config: the hub's name of it, "" where the repository has one alone. files: which files of the config's folder hold
-    the split, as a pattern of their names. columns: those that are needed, where they differ from the source's.
-    off: why it is left out although its source is on; "" if it is not.
+    the split, as a pattern of their paths in it. export: where the repository has only a loading script, which
+    `datasets` no longer runs, the files of the hub's own Parquet export. columns: those that are needed, where they
+    differ from the source's. off: why it is left out although its source is on; "" if it is not.
     """
 
     config: str = ""
     split: str = "train"
     files: str = "*"
+    export: str = ""
     columns: tuple[str, ...] = ()
     off: str = ""
 
@@ -90,7 +92,7 @@ SOURCES = (
     Source(
         *("medqa_bigbio", "bigbio/med_qa", adapters.medqa, ("question", "options", "answer_idx"), "unknown", 10_178),
         *(False, "The same questions as medqa, under a licence that nobody states."),
-        (Part("med_qa_en_4options_source", "train", "*train*"),),
+        (Part("med_qa_en_4options_source", "train", "*train*", "med_qa_en_4options_source/train/*.parquet"),),
     ),
     Source(
         *("medqa", "GBaker/MedQA-USMLE-4-options", adapters.medqa),
@@ -122,6 +124,7 @@ SOURCES = (
     Source(
         *("covid_qa", "deepset/covid_qa_deepset", adapters.covid_qa, ("question", "context", "answers")),
         *("apache-2.0", 2_019, True, "Answers marked by experts in papers on COVID-19; the matter of virology."),
+        (Part(export="*/train/*.parquet"),),
     ),
     Source(
         *("cord19", "medalpaca/medical_meadow_cord19", adapters.instruction, ALPACA, "cc", 821_007, True),

@@ -38,8 +38,10 @@ class Unit:
 
     @property
     def stem(self) -> str:
-        """Unique in the source, and the same on every machine."""
-        return f"{self.part.config}/{Path(self.file).stem}" if self.part.config else Path(self.file).stem
+        """Unique in the source, and the same on every machine: the config and the file's name, without extension."""
+        file = Path(self.file)
+        name = f"{file.parent.name}-{file.stem}" if file.stem.isdigit() else file.stem  # an export: train/0000.parquet
+        return f"{self.part.config}/{name}" if self.part.config else name
 
 
 def units(source: Source, root: str) -> list[Unit]:
@@ -154,7 +156,11 @@ def _files(source: Source, part: Part, root: Path) -> list[Path]:
             f"source {source.name}: there is no folder {folder}; copy the files of {source.hub_id} there, leave the "
             "source out, or read it from the hub"
         )
-    files = [f for f in folder.rglob("*") if f.suffix.lower() in READERS and fnmatch(f.name, part.files)]
+    files = [
+        f
+        for f in folder.rglob("*")
+        if f.suffix.lower() in READERS and fnmatch(f.relative_to(folder).as_posix(), part.files)
+    ]
     # A hidden folder (.cache of a download) is no part of the data; some dumps keep their card as JSON beside it.
     files = [f for f in files if not any(p.startswith(".") for p in f.relative_to(folder).parts)]
     files = sorted((f for f in files if f.name != "dataset_infos.json"), key=lambda f: f.relative_to(folder).as_posix())
@@ -174,19 +180,23 @@ def _files(source: Source, part: Part, root: Path) -> list[Path]:
 def _table(unit: Unit, wanted: set[str], quarantine: Quarantine, after: int) -> Table:
     source, part = unit.source, unit.part
     if unit.root == HUB:
-        return hub_table(source.hub_id, part.config or None, part.split, after)
+        return hub_table(source.hub_id, part, after)
     if unit.root.startswith(TFDS):
         folder = Path(unit.root.removeprefix(TFDS)) / source.hub_id / part.config
         return tfds_table(folder, part.split, after)
     return READERS[Path(unit.file).suffix.lower()](Path(unit.file), quarantine, wanted, after)
 
 
-def hub_table(path: str, config: str | None, split: str, after: int = 0, **files: Any) -> Table:
-    """A split as `datasets` streams it: (column names, iterator of (row number, record)); the first records are fetched
-    here. `files`: for load_dataset."""
+def hub_table(hub_id: str, part: Part, after: int = 0) -> Table:
+    """A part as `datasets` streams it: (column names, iterator of (row number, record)); the first records are fetched
+    here."""
     import datasets
 
-    stream = datasets.load_dataset(path, config, split=split, streaming=True, **files)
+    if part.export:
+        where = {"revision": "refs/convert/parquet", "data_files": {part.split: part.export}}
+    else:
+        where = {"name": part.config or None}
+    stream = datasets.load_dataset(hub_id, split=part.split, streaming=True, **where)
     return peeked(enumerate(stream.skip(after), after + 1))
 
 
