@@ -10,22 +10,21 @@ personal data and decontamination are on. Tokenising alone is both tokenizers' e
 """
 
 import argparse
+import contextlib
 import json
+import os
 import random
-import resource
 import shutil
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distil_jax import prepare
-from distil_jax.config import load_config
 from distil_jax.data import blocks, catalogue, hpo
-from distil_jax.data.sources import Quarantine
-from distil_jax.tokens.bytes import ByteTable
+from distil_jax.data.rows import Quarantine
 
 TINY = str(Path(__file__).resolve().parent.parent / "configs" / "tiny.py")
 SHAPE = {
@@ -41,6 +40,31 @@ BENCHMARK = 2_000  # questions
 BATCH = 20_000  # records written at once
 
 
+class Memory(threading.Thread):
+    """The largest sum of proportional set sizes (what is shared counts once) of this process and those it started."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.peak, self.done = 0, threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self.done.wait(2):
+            total = 0
+            for stat in Path("/proc").glob("[0-9]*/stat"):
+                with contextlib.suppress(OSError, StopIteration):
+                    parent = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+                    if os.getpid() in (parent, int(stat.parent.name)):
+                        lines = (stat.parent / "smaps_rollup").read_text().splitlines()
+                        total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024
+            self.peak = max(self.peak, total)
+
+    def stop(self) -> int:
+        self.done.set()
+        self.join()
+        return self.peak
+
+
 class Sentences:
     """Random text that is nowhere twice."""
 
@@ -48,10 +72,13 @@ class Sentences:
         self.random = random.Random(seed)
         with Quarantine(Path(tempfile.mkdtemp()) / "quarantine.jsonl") as quarantine:
             rows = hpo.load_corpus(quarantine).rows
-        sentences = [row.completion.strip() for row in rows]
-        self.all, self.of_benchmarks = sentences[BENCHMARK:], sentences[:BENCHMARK]
+        self.all = [row.completion.strip() for row in rows]
+        words = sorted({word for text in self.all for word in text.split()})
+        self.of_benchmarks = [" ".join(self.random.sample(words, 20)) + "?" for _ in range(BENCHMARK)]
 
-    def text(self, size: int) -> str:
+    def text(self, size: float) -> str:
+        """About so many characters in the mean, as different in length as real texts are."""
+        size *= self.random.lognormvariate(-0.25, 0.7)
         out = []
         while size > 0:
             words = self.random.choice(self.all).split(" ")
@@ -64,15 +91,16 @@ class Sentences:
 def record(source: catalogue.Source, number: int, s: Sentences) -> dict:
     """A record in the source's schema."""
     question = f"What is said of {s.text(60)}?"
-    if source.columns == ("instruction", "input", "output"):
+    if source.columns == catalogue.ALPACA:
         return {"instruction": "Answer this question truthfully", "input": question, "output": s.text(480)}
     if source.name == "medmcqa":
         options = {f"op{letter}": s.text(30) for letter in "abcd"}
-        more = {"cop": number % 4, "exp": s.text(250), "subject_name": "Medicine", "topic_name": "C.V.S"}
+        more = {"cop": number % 4, "choice_type": "single", "exp": s.text(250)}
+        more |= {"subject_name": "Medicine", "topic_name": "Cardiology"}
         return {"question": s.text(120) + "?", **options, **more}
     if "answer_idx" in source.columns:
         return {
-            "question": s.text(500) + "?", "answer_idx": "ABCD"[number % 4], "meta_info": "step1",
+            "question": s.text(500) + "?", "answer_idx": "ABCD"[number % 4], "meta_info": "step1", "answer": "",
             "options": {letter: s.text(30) for letter in "ABCD"},
         }  # fmt: skip
     return {
@@ -81,11 +109,20 @@ def record(source: catalogue.Source, number: int, s: Sentences) -> dict:
         "pubmedqa": lambda: {"pubid": number, "question": question, "long_answer": s.text(250),
                              "context": {"contexts": [s.text(300)] * 2, "meshes": ["Humans", "Heart Failure"]},
                              "final_decision": "yes"},
-        "covid_qa": lambda: {"question": question, "context": s.text(3000), "answers": {"text": [s.text(60)],
-                             "answer_start": [100]}},
+        "covid_qa": lambda: paper(question, s),
         "medquad": lambda: {"question": question, "answer": s.text(500) if number % 3 == 0 else None,
                             "question_type": "information", "question_focus": s.text(20), "category": "Heart Diseases"},
     }.get(source.name, lambda: {"text": s.text(3000)})()  # fmt: skip
+
+
+def paper(question: str, s: Sentences) -> dict:
+    text = s.text(3000)
+    middle = len(text) // 2
+    return {
+        "question": question,
+        "context": text,
+        "answers": {"text": [text[middle : middle + 60]], "answer_start": [middle]},
+    }
 
 
 def write_sources(root: Path, wanted: int) -> int:
@@ -96,13 +133,15 @@ def write_sources(root: Path, wanted: int) -> int:
     whole = sum((source.rows or UNSTATED) * yields.get(source.name, 1) for source in catalogue.SOURCES)
     for source in catalogue.SOURCES:
         count = max(20, round((source.rows or UNSTATED) * wanted / whole))
-        places = [(config, split) for config in source.configs for split in source.splits]
-        for config, split in places:
-            folder = root / source.hub / config
+        for part in source.parts:
+            folder = root / source.hub_id / part.config
             folder.mkdir(parents=True, exist_ok=True)
             writer = None
-            for start in range(0, -(-count // len(places)), BATCH):
-                records = [record(source, n, s) for n in range(start, min(start + BATCH, -(-count // len(places))))]
+            for start in range(0, -(-count // len(source.parts)), BATCH):
+                records = [
+                    record(source, n, s) for n in range(start, min(start + BATCH, -(-count // len(source.parts))))
+                ]
+                records = [{name: r[name] for name in source.columns_of(part)} for r in records]
                 for n in range(100, len(records), 100):
                     key = next(k for k in ("output", "exp", "long_answer", "text", "question") if k in records[n])
                     records[n] = records[n - 1] | {key: (records[n - 1][key] or "") + " again"}
@@ -112,7 +151,7 @@ def write_sources(root: Path, wanted: int) -> int:
                         exam.append({"question": s.of_benchmarks[len(exam)], "id": str(len(exam))})
                         records[n][key] = exam[-1]["question"]
                 table = pa.Table.from_pylist(records)
-                writer = writer or pq.ParquetWriter(folder / f"{split}-00000-of-00001.parquet", table.schema)
+                writer = writer or pq.ParquetWriter(folder / f"{part.split}-00000-of-00001.parquet", table.schema)
                 writer.write_table(table)
                 written += len(records)
             writer.close()
@@ -122,6 +161,11 @@ def write_sources(root: Path, wanted: int) -> int:
 
 
 def main() -> None:
+    # Here, since the processes that `prepare` starts import this module too.
+    from distil_jax import prepare
+    from distil_jax.config import load_config
+    from distil_jax.tokens.bytes import ByteTable
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tokenizers", type=Path)
     parser.add_argument("--rows", type=int, default=200_000)
@@ -143,17 +187,16 @@ def main() -> None:
         "teacher.path": folder / "gemma3", "student.path": folder / "llama3",
     }  # fmt: skip
     config = load_config(["--config", TINY, *(f"--config.{key}={value}" for key, value in values.items())])[0]
+    memory = Memory()
     start = time.perf_counter()
     made = prepare.main(config)
     seconds = time.perf_counter() - start
+    peak = memory.stop()
     rows = sum(made["rows"].values())
-    own, children = (
-        resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
     train = made["shards"]["train"]
     print(json.dumps({k: made[k] for k in ("quarantined", "mended")}))
     print(f"filled: student {train['student_fill']}, teacher {train['teacher_fill']}")
-    print(f"prepare: {seconds:.1f} s, {rows / seconds:,.0f} rows/s; {own:.0f} MB, the largest other {children:.0f} MB")
+    print(f"prepare: {seconds:.1f} s, {rows / seconds:,.0f} rows/s; {peak / 1e6:,.0f} MB, all processes together")
 
     facts = blocks.facts(folder / "work" / "corpus" / "rows")
     texts = [t for n in range(len(facts)) for row in blocks.read(folder / "work" / "corpus" / "rows", n)

@@ -11,7 +11,7 @@ import numpy as np
 
 from distil_jax import sharding
 from distil_jax.data import hpo
-from distil_jax.data.sources import Quarantine
+from distil_jax.data.rows import Quarantine
 from distil_jax.losses import stored
 from distil_jax.losses.kd import teacher_logits
 from distil_jax.losses.vocabulary import LOWEST

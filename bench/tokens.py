@@ -24,7 +24,7 @@ def table(folder: Path, name: str):
 
 def corpus() -> list[str]:
     from distil_jax.data import hpo
-    from distil_jax.data.sources import Quarantine
+    from distil_jax.data.rows import Quarantine
 
     with Quarantine("/dev/null") as quarantine:
         return [row.completion for row in hpo.load_corpus(quarantine).rows]

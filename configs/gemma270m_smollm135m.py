@@ -30,9 +30,10 @@ def get_config() -> ConfigDict:
     c.data = ConfigDict()
     c.data.files = ""  # your JSONL, Parquet or CSV files, separated by commas; empty: the Human Phenotype Ontology
     c.data.corpus = "definitions"  # of terms; or "frequencies": of features in diseases, full of numbers; without files
-    # The medical corpus instead (docs/data.md): "all", or names of its sources; from a folder, or "hub" or "tfds".
+    # The medical corpus instead (docs/data.md): "all", or names of its sources; from a folder, "hub", or "tfds:FOLDER".
     c.data.sources = ""
     c.data.root = "hub"
+    c.data.explanations = True  # what a source says of why an answer is right follows it
     c.data.mend = False  # repair texts; refuse empty, gigantic and foreign ones
     c.data.duplicates = "keep"  # "exact": each text once; "near": nearly the same ones too
     c.data.personal = "keep"  # "report": count personal data, replace it in forums; "replace": everywhere

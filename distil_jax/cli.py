@@ -27,8 +27,11 @@ from distil_jax.errors import UserError, nearest
 # Command -> what runs, imported when it does, and the line of --help. In the order of a run.
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("distil_jax.run:main", "every stage in order; skips what is there and still valid"),
+    "data": (
+        "distil_jax.data.command:main",
+        "`data list`: the sources of the medical corpus, their licences, which are on",
+    ),
     "prepare": ("distil_jax.prepare:main", "text to tokenizers, aligned and packed shards"),
-    "data": ("distil_jax.data.listing:main", "`data list`: the sources of the medical corpus, and which are on"),
     "inspect": ("distil_jax.look.command:main", "what both models read of a text: tokens, roles, masks, expectations"),
     "train": ("distil_jax.train:main", "train teacher and controls; once `project` has run, the distilled student"),
     "project": ("distil_jax.project:main", "build, fit and measure the vocabulary projection; `project inspect TEXT`"),
@@ -40,7 +43,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("distil_jax.doctor:main", "what this machine has, and the fix for each fault (--config is optional)"),
 }
 _CONFIG_OPTIONAL = ("doctor",)
-_OWN_ARGUMENTS = ("data", "inspect", "generate")  # beside a config; generate works without one too
+_OWN_ARGUMENTS = ("data", "inspect", "generate")  # beside a config; generate works without one too, data takes none
 _STILL_USABLE = (
     "finished stages and the last whole checkpoint are still usable: free some space and give the same command again"
 )

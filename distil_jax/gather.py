@@ -10,24 +10,16 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from distil_jax.data import blocks
+from distil_jax.data.cleaner import Cleaned, Refusal
 from distil_jax.data.pool import ordered
-from distil_jax.data.sources import Quarantine, Row
+from distil_jax.data.rows import Quarantine, Row
 
 _CHUNK = 512  # rows that a process takes at a time
-
-
-class Refusal(NamedTuple):
-    """A row that cannot be used, as Quarantine.add takes it."""
-
-    file: str
-    row: int | str
-    reason: str
-    detail: str = ""
 
 
 class Refusals:
@@ -45,14 +37,6 @@ class Refusals:
     def taken(self) -> list[Refusal]:
         waiting, self._waiting = self._waiting, []
         return waiting
-
-
-class Cleaned(NamedTuple):
-    """What became of a chunk of rows: each as it is now or why it is refused, and prints for finding it again."""
-
-    outcomes: list[Row | Refusal]
-    prints: np.ndarray | None = None  # uint64[rows that are left, P]; None: duplicates stay
-    counts: Counter = Counter()  # of what was mended, by its name
 
 
 class Seen(Protocol):

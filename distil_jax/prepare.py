@@ -20,11 +20,11 @@ import jax
 from ml_collections import ConfigDict
 
 from distil_jax import learners, shard
-from distil_jax.data import blocks, catalogue, contamination, frequencies, hpo, mixture, reading, sources
+from distil_jax.data import blocks, catalogue, contamination, files, frequencies, hpo, mixture, reading
 from distil_jax.data.cleaner import CONTAMINATED, PERSONAL, RowCleaner
 from distil_jax.data.duplicates import Seen
 from distil_jax.data.pool import processes_of
-from distil_jax.data.sources import SPLITS, Row
+from distil_jax.data.rows import SPLITS, Row, as_conversation
 from distil_jax.data.train_tokenizers import train_gemma_style, train_llama_style
 from distil_jax.errors import UserError, nearest
 from distil_jax.gather import Refusals, gather, rows_of, total
@@ -37,6 +37,7 @@ from distil_jax.workdir import Workdir, files_of, names_of
 _GATHERED = "rows/gathered"  # written when every block is there
 EMBEDDED = {"definitions": hpo.load_corpus, "frequencies": frequencies.load_corpus}  # data.corpus
 CHAT = ("off", "on")  # config.data.chat
+HELD_OUT = {"validation": 0.005, "test": 0.01}  # of the documents of each source of the catalogue
 DUPLICATES = ("keep", "exact", "near")  # config.data.duplicates
 BLOCK_CHARACTERS = blocks.CHARACTERS
 _TOKENIZER_ROWS = 200_000  # training rows that a tokenizer of our own is trained on
@@ -171,20 +172,21 @@ def rows_to_read(config: ConfigDict) -> tuple[Callable[[Refusals], Iterable[Row]
     name = config.data.corpus
     if name not in EMBEDDED:
         raise UserError(f"config.data.corpus is {name!r}: it is {' or '.join(EMBEDDED)}{nearest(name, EMBEDDED)}")
-    chat = sources.as_conversation if config.data.chat == "on" else lambda row: row
+    chat = as_conversation if config.data.chat == "on" else lambda row: row
     if named := names_of(config.data.sources):
         if files_of(config):
             raise UserError("config.data.files and config.data.sources are both set: empty one of them")
         chosen, root = catalogue.chosen(named), config.data.root
+        how = {"explanations": config.data.explanations, **HELD_OUT}
 
         def catalogued(refusals: Refusals) -> Iterable[Row]:
             for source in chosen:
-                yield from map(chat, reading.rows_of(source, root, refusals))
+                yield from map(chat, reading.rows(source, root, refusals, **how))
 
-        told = {s.name: {"hub": s.hub, "licence": s.licence, "why": s.why} for s in chosen}
+        told = {s.name: {"hub": s.hub_id, "licence": s.licence, "parts": [p.name for p in s.parts]} for s in chosen}
         return catalogued, {"sources": told, "root": root}
-    if files := files_of(config):
-        return lambda refusals: map(chat, sources.read_files(files, refusals)), {"files": files}
+    if given := files_of(config):
+        return lambda refusals: map(chat, files.read_files(given, refusals)), {"files": given}
     refused = Refusals(Path("quarantine.jsonl"))
     corpus = EMBEDDED[name](refused)
 

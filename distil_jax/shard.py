@@ -15,7 +15,7 @@ import numpy as np
 from distil_jax.data import blocks, mixture
 from distil_jax.data.loader import write_shards
 from distil_jax.data.pool import ordered
-from distil_jax.data.sources import SPLITS, Quarantine, Row
+from distil_jax.data.rows import SPLITS, Quarantine, Row
 from distil_jax.errors import UserError
 from distil_jax.manifest import write_json_atomic
 from distil_jax.tokens import align

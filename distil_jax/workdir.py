@@ -118,9 +118,10 @@ class Workdir:
             data = self.config.data
             facts += [_file_facts("config.data.files", name) for name in files_of(self.config)]
             facts += [_file_facts("config.data.benchmarks", name) for name in names_of(data.benchmarks)]
-            for source in catalogue.chosen(names_of(data.sources)):
-                if data.root not in reading.REMOTE:
-                    facts += [_file_facts("config.data.root", str(file)) for file in reading.files(source, data.root)]
+            for source in catalogue.chosen(names_of(data.sources)) if data.sources else ():
+                if reading.is_folder(data.root):
+                    files = [unit.file for unit in reading.units(source, data.root)]
+                    facts += [_file_facts("config.data.root", file) for file in files]
         if stage == "export":
             given = names_of(self.config.export.licence_files)
             facts += [_file_facts("config.export.licence_files", name) for name in given]

@@ -8,13 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from ml_collections import ConfigDict
+from test_files import read
 from test_pack import BARE, small_table
-from test_sources import read
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distil_jax import conversation, gather, prepare
-from distil_jax.data import sources
+from distil_jax.data.rows import Row, as_conversation
 from distil_jax.errors import UserError
 from distil_jax.tokens import chat
 from distil_jax.tokens.align import NONE, ROOT
@@ -284,11 +284,11 @@ def test_parquet_messages_that_are_not_utf8_cost_their_row(tmp_path):
 
 
 def test_pairs_become_conversations_where_asked_for():
-    row = sources.Row("1", "s", "train", "x", "other", "QA", " Q? \n", " A.")
-    made = sources.as_conversation(row)
+    row = Row("1", "s", "train", "x", "other", "QA", " Q? \n", " A.")
+    made = as_conversation(row)
     assert made.messages == talk("Q?", "A.") and (made.kind, made.prompt, made.completion) == ("DIALOGUE", "Q?", "A.")
-    text = sources.Row("1", "s", "train", "x", "other", "TEXT", "", "plain")
-    assert sources.as_conversation(text) is text and sources.as_conversation(made) is made
+    text = Row("1", "s", "train", "x", "other", "TEXT", "", "plain")
+    assert as_conversation(text) is text and as_conversation(made) is made
 
 
 def chat_config(**data) -> ConfigDict:
@@ -299,15 +299,14 @@ def test_a_corpus_that_learns_nothing_or_everything_of_its_chats_is_refused_with
     folders = itertools.count()
 
     def check_chat(rows, **settings):
-        held_out = [sources.Row(s, "s", s, "x", "other", "TEXT", "", "plain") for s in ("validation", "test")]
+        held_out = [Row(s, "s", s, "x", "other", "TEXT", "", "plain") for s in ("validation", "test")]
         folder = tmp_path / str(next(folders))
         facts = gather.gather(lambda _: [*rows, *held_out], folder, tmp_path / "quarantine.jsonl")
         prepare.check(chat_config(**settings), facts)
 
     def rows(*texts):
         return [
-            sources.Row(str(n), "s", "train", "x", "other", "DIALOGUE", "", "", messages)
-            for n, messages in enumerate(texts)
+            Row(str(n), "s", "train", "x", "other", "DIALOGUE", "", "", messages) for n, messages in enumerate(texts)
         ]
 
     only_questions = rows(talk("four"), talk("five!"))
@@ -321,6 +320,6 @@ def test_a_corpus_that_learns_nothing_or_everything_of_its_chats_is_refused_with
         assert all(part in str(error.value) for part in [*said, "config.data.chat_any_share"]), str(error.value)
         check_chat(bad, chat_any_share=True)
     check_chat(rows(talk("four", "five!")))
-    check_chat([sources.Row("1", "s", "train", "x", "other", "TEXT", "", "plain")])
+    check_chat([Row("1", "s", "train", "x", "other", "TEXT", "", "plain")])
     with pytest.raises(UserError, match="config.data.chat is 'yes'; use one of 'off', 'on'"):
         prepare.rows_to_read(chat_config(chat="yes"))

@@ -12,13 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from distil_jax.data import clean, contamination, duplicates, hpo, personal
-from distil_jax.data.cleaner import CONTAMINATED, RowCleaner
+from distil_jax.data.cleaner import CONTAMINATED, Refusal, RowCleaner
 from distil_jax.data.contamination import Index, Item
 from distil_jax.data.duplicates import Seen
-from distil_jax.data.sources import Quarantine, Row
+from distil_jax.data.rows import Quarantine, Row
 from distil_jax.data.words import words_of
 from distil_jax.errors import UserError
-from distil_jax.gather import Refusal
 
 
 @pytest.fixture(scope="module")

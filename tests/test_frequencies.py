@@ -11,7 +11,7 @@ import pytest
 from distil_jax import prepare
 from distil_jax.config import load_config
 from distil_jax.data import frequencies, hpo, hpoa
-from distil_jax.data.sources import Quarantine
+from distil_jax.data.rows import Quarantine
 from distil_jax.errors import UserError
 from distil_jax.tokens.align import CLASSES, ROLES, align, token_classes
 from distil_jax.tokens.bytes import ByteTable

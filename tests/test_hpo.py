@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from distil_jax.data import hpo
-from distil_jax.data.sources import Quarantine, Row
+from distil_jax.data.rows import Quarantine, Row
 from distil_jax.errors import UserError
 
 

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_catalogue import RECORDS, put
+from test_reading import CASES, UNLABELLED, put
 
 from distil_jax import gather, prepare, shard
 from distil_jax.config import load_config
 from distil_jax.data import blocks, mixture, pool
+from distil_jax.data.cleaner import Cleaned
 from distil_jax.data.loader import Loader
-from distil_jax.data.sources import Row
+from distil_jax.data.rows import Row
 from distil_jax.errors import UserError
 from distil_jax.tokens.pack import unpack
 
@@ -148,17 +149,17 @@ class Killed(BaseException):
 @pytest.mark.parametrize("at", [150, 700, 1499])
 def test_a_run_killed_while_it_reads_goes_on(one, file, tmp_path, at, monkeypatch):
     config = config_of(tmp_path, file, "--config.data.processes=1")
-    read = prepare.sources.read_files
+    read = prepare.files.read_files
 
     def breaks_off(*args, **options):
         yield from islice(read(*args, **options), at)
         raise Killed
 
-    monkeypatch.setattr(prepare.sources, "read_files", breaks_off)
+    monkeypatch.setattr(prepare.files, "read_files", breaks_off)
     with pytest.raises(Killed):
         prepare.main(config)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "corpus" / "rows").glob("*.parquet")}
-    monkeypatch.setattr(prepare.sources, "read_files", read)
+    monkeypatch.setattr(prepare.files, "read_files", read)
     prepare.main(config)
     assert files_in(tmp_path) == one[2]
     for name, time in before.items():
@@ -192,7 +193,7 @@ def test_what_was_seen_before_a_kill_is_known_after_it(rows, tmp_path, monkeypat
     class Prints:
         def __call__(self, chunk):
             prints = np.array([[len(row.completion)] for row in chunk], np.uint64).reshape(-1, 1)
-            return gather.Cleaned(list(chunk), prints, Counter(chunk=1))
+            return Cleaned(list(chunk), prints, Counter(chunk=1))
 
     class Memory:
         def __init__(self):
@@ -321,13 +322,16 @@ def medical(rows, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("medical")
     texts = [row.completion.replace("\u2581", "") for row in rows if len(row.completion.split()) > 12][:240]
     for at, source in enumerate(prepare.catalogue.chosen(CHOSEN.split(","))):
-        record, made = RECORDS[source.name], []
+        record, made = CASES[source.name][0], []
         column = "input" if "input" in record else "question"
         for n, text in enumerate(texts[at % 7 :: 7]):
-            made.append(record | {column: f"{source.name} {n}: {text}?"} | ({"pubid": n} if "pubid" in record else {}))
+            made.append(
+                record | {column: f"{source.name} {n}: {text}?"} | {key: n for key in ("pubid", "id") if key in record}
+            )
         made.append(made[0])
-        put(root, source.name, made, "jsonl")
-    forum = root / "lavita" / "ChatDoctor-HealthCareMagic-100k" / "train-00000-of-00001.jsonl"
+        for part in source.parts:
+            put(root, source, part, made if part.name != "pqa_unlabeled/train" else [UNLABELLED], suffix=".jsonl")
+    forum = root / "lavita" / "ChatDoctor-HealthCareMagic-100k" / "data" / "train-00000-of-00001.jsonl"
     said = {"instruction": "i", "input": "My name is Ann Lee, ann@x.org. Itâ€™s my knee.", "output": "Rest it."}
     foreign = "Le patient se plaint depuis trois jours de fortes douleurs thoraciques vers le bras gauche. " * 3
     known = "Which artery supplies the inferior wall of the left ventricle in most people with a dominant right artery?"
@@ -352,8 +356,7 @@ def medical_corpus(medical, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "BLOCK_CHARACTERS", 6_000)
         patch.setattr(gather, "_CHUNK", 20)
-        patch.setattr(prepare.reading, "VALIDATION", 0.1)
-        patch.setattr(prepare.reading, "TEST", 0.1)
+        patch.setattr(prepare, "HELD_OUT", {"validation": 0.1, "test": 0.1})
         made = prepare.main(medical_config(work, medical, "--config.data.processes=1"))
     return work, made, files_in(work)
 
@@ -362,7 +365,8 @@ def test_the_medical_corpus_is_cleaned_counted_and_told(medical_corpus):
     work, made, found = medical_corpus
     chosen = prepare.catalogue.chosen(CHOSEN.split(","))
     assert set(made["provenance"]["sources"]) == {source.name for source in chosen}
-    assert set(made["sources"]["train"]) == {source.name for source in chosen}
+    there = {name for rows in made["sources"].values() for name in rows}  # one paper of covid_qa stands on one side
+    assert there == {source.name for source in chosen}
     assert made["mended"]["mended"] >= 1 and made["mended"]["personal data replaced, email"] == 1
     assert made["quarantined"]["another language"] == 1 and made["quarantined"]["duplicate"] >= len(chosen)
     assert all(made["quarantined_by_source"][source.name]["duplicate"] >= 1 for source in chosen)
@@ -375,30 +379,29 @@ def test_the_medical_corpus_is_cleaned_counted_and_told(medical_corpus):
     ]
     facts = blocks.facts(work / "corpus" / "rows")
     told = [row for row in kept if row.source == "healthcaremagic" and "knee" in row.prompt]
-    assert told[0].prompt == "Patient: My name is [NAME], [EMAIL]. It\u2019s my knee.\nDoctor:"
+    assert told[0].prompt == "My name is [NAME], [EMAIL]. It\u2019s my knee."
     assert len({row.id for row in kept}) == len(kept) == sum(sum(s.values()) for s in made["sources"].values())
     assert len(kept) + made["quarantined"]["duplicate"] + 2 == sum(f["read"] for f in facts)
-    assert "cardiology" in made["specialties"] and "virology" in made["specialties"]
+    assert {"cardiology", "anatomy", "infectious_diseases"} <= set(made["specialties"])
 
 
 def test_two_processes_and_a_kill_make_the_same_medical_corpus(medical_corpus, medical, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "BLOCK_CHARACTERS", 6_000)
     monkeypatch.setattr(gather, "_CHUNK", 20)
-    monkeypatch.setattr(prepare.reading, "VALIDATION", 0.1)
-    monkeypatch.setattr(prepare.reading, "TEST", 0.1)
-    read = prepare.reading.rows_of
+    monkeypatch.setattr(prepare, "HELD_OUT", {"validation": 0.1, "test": 0.1})
+    read = prepare.reading.rows
 
-    def breaks_off(source, *args):
+    def breaks_off(source, *args, **how):
         if source.name == "cord19":
             raise Killed
-        return read(source, *args)
+        return read(source, *args, **how)
 
     config = medical_config(tmp_path, medical, "--config.data.processes=2")
-    monkeypatch.setattr(prepare.reading, "rows_of", breaks_off)
+    monkeypatch.setattr(prepare.reading, "rows", breaks_off)
     with pytest.raises(Killed):
         prepare.main(config)
     assert blocks.facts(tmp_path / "corpus" / "rows")
-    monkeypatch.setattr(prepare.reading, "rows_of", read)
+    monkeypatch.setattr(prepare.reading, "rows", read)
     prepare.main(config)
     assert files_in(tmp_path) == medical_corpus[2]
 
@@ -407,7 +410,7 @@ def test_settings_of_the_data_that_are_none_are_refused(file, medical, tmp_path)
     for more, said in (
         ("data.duplicates=fuzzy", "config.data.duplicates is 'fuzzy'; use one of 'keep', 'exact', 'near'"),
         ("data.personal=hide", "config.data.personal is 'hide'"),
-        ("data.sources=medmqa", "names 'medmqa' \\(did you mean"),
+        ("data.sources=medmqa", "no source 'medmqa' \\(did you mean"),
         (f"data.files={file}", "config.data.files and config.data.sources are both set"),
         ("data.benchmarks=gone.jsonl", "gone.jsonl"),
     ):

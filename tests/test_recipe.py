@@ -15,7 +15,7 @@ import distil_jax as dj
 from distil_jax import run, train
 from distil_jax.config import flatten, load_config, load_config_file, track_reads
 from distil_jax.data import hpo
-from distil_jax.data.sources import Quarantine
+from distil_jax.data.rows import Quarantine
 from distil_jax.data.train_tokenizers import train_gemma_style, train_llama_style
 from distil_jax.errors import UserError
 from distil_jax.metrics import read_metrics

@@ -23,7 +23,7 @@ from distil_jax import cli, evaluate, learners, manifest, prepare, report, run, 
 from distil_jax.config import flatten, load_config, track_reads
 from distil_jax.data import hpo
 from distil_jax.data.loader import Loader
-from distil_jax.data.sources import Quarantine
+from distil_jax.data.rows import Quarantine
 from distil_jax.errors import UserError
 from distil_jax.eval import likelihood
 from distil_jax.gather import Refusals

@@ -19,8 +19,8 @@ from distil_jax import learners, prepare, project, run, score, sharding, train
 from distil_jax.config import load_config
 from distil_jax.data import hpo, scores
 from distil_jax.data.loader import Loader
+from distil_jax.data.rows import Quarantine
 from distil_jax.data.scores import Layout, Scores, needed, pack_ids, unpack_ids
-from distil_jax.data.sources import Quarantine
 from distil_jax.errors import UserError
 from distil_jax.losses import stored
 from distil_jax.losses.schedules import schedule

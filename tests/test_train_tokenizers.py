@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from distil_jax.data import hpo
-from distil_jax.data.sources import Quarantine
+from distil_jax.data.rows import Quarantine
 from distil_jax.data.train_tokenizers import GEMMA_BYTES, NUMERALS, train_gemma_style, train_llama_style
 from distil_jax.errors import UserError
 

@@ -14,10 +14,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distil_jax.data.sources import Row
+from distil_jax.data.rows import Row
 from distil_jax.manifest import write_json_atomic
 
-CHARACTERS = 8_000_000  # of text in a block: some 2 million tokens, 250 MB while they are packed
+CHARACTERS = 4_000_000  # of text in a block: some million tokens, 150 MB while they are packed
 _COLUMNS = {
     **dict.fromkeys(("id", "source", "split", "licence", "specialty", "kind", "prompt", "completion"), pa.string()),
     "messages": pa.string(),  # JSON; empty for none

@@ -26,6 +26,7 @@ _COMMON = frozenset(
 _JUDGED = 200  # letters: a shorter text is not judged
 _SHARE = 0.06  # of common words, from which on a text is English without a further look
 _SURE = 0.99
+_LOOKED_AT = 1000  # characters
 _LATIN = "\u03ff"  # the last of the Latin and Greek letters
 
 
@@ -67,15 +68,15 @@ def other_language(text: str) -> str | None:
     Texts of fewer than 200 letters are not judged, nor those in which every sixteenth word is one that English text is
     full of; only for the others is the classifier asked, and believed from a probability of 0.99 on.
     """
-    words = _LETTERS.findall(text[:2000])
+    words = _LETTERS.findall(text[:_LOOKED_AT])
     letters = sum(map(len, words))
     if letters < _JUDGED:
         return None
-    if sum(len(word) for word in words if word[0] > _LATIN) > letters / 2:
+    if not text.isascii() and sum(len(word) for word in words if word[0] > _LATIN) > letters / 2:
         return "most of it is not in Latin letters"
-    if sum(word.lower() in _COMMON for word in words) >= _SHARE * len(words):
+    if sum(map(_COMMON.__contains__, map(str.lower, words))) >= _SHARE * len(words):
         return None
-    language, probability = _identifier().classify(text[:2000])
+    language, probability = _identifier().classify(text[:_LOOKED_AT])
     return language if language not in ("en", "la") and probability >= _SURE else None
 
 

@@ -1,17 +1,36 @@
 """What `prepare` does to rows before it keeps them: mends, refuses, replaces, finds benchmarks, makes prints."""
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
 
 from distil_jax.data import clean, duplicates, personal
 from distil_jax.data.contamination import Index
-from distil_jax.data.sources import Row
+from distil_jax.data.rows import Row, as_text
 from distil_jax.data.words import words_of
-from distil_jax.gather import Cleaned, Refusal
 
 PERSONAL = ("keep", "report", "replace")  # config.data.personal
 CONTAMINATED = "in a benchmark"
+
+
+class Refusal(NamedTuple):
+    """A row that cannot be used, as Quarantine.add takes it."""
+
+    file: str
+    row: int | str
+    reason: str
+    detail: str = ""
+
+
+class Cleaned(NamedTuple):
+    """What became of a chunk of rows: each as it is now or why it is refused, and prints for finding it again."""
+
+    outcomes: list[Row | Refusal]
+    prints: np.ndarray | None = None  # uint64[rows that are left, P]; None: duplicates stay
+    counts: Counter = Counter()  # of what was mended, by its name
 
 
 @dataclass(frozen=True)
@@ -31,39 +50,61 @@ class RowCleaner:
 
     def __call__(self, rows: list[Row]) -> Cleaned:
         outcomes: list[Row | Refusal] = []
+        said: list[tuple[str, list[str]]] = []  # of the rows that are left: what a print is made of
         counts: Counter[str] = Counter()
         for row in rows:
-            outcomes.append(self._one(row, counts))
-        kept = [row for row in outcomes if isinstance(row, Row)]
-        made = duplicates.prints([(said, words_of(said)) for said in map(_said, kept)]) if self.prints else None
-        return Cleaned(outcomes, made, counts)
+            outcome = self._mended(row, counts)
+            if isinstance(outcome, Row) and (self.prints or self.benchmarks is not None):
+                text = f"{outcome.prompt}\n{outcome.completion}"
+                words = words_of(text)
+                if self.benchmarks is not None and (hit := self.benchmarks.find(words)):
+                    detail = f"{hit.item.benchmark} {hit.item.id}, {hit.overlap:.0%}: {hit.item.question[:200]}"
+                    outcome = Refusal(row.source, row.id, CONTAMINATED, detail)
+                else:
+                    said.append(_without_order(outcome) or (text, words))
+            outcomes.append(outcome)
+        return Cleaned(outcomes, duplicates.prints(said) if self.prints else None, counts)
 
-    def _one(self, row: Row, counts: Counter[str]) -> Row | Refusal:
-        if self.mend and not row.messages:
-            prompt, completion = clean.repaired(row.prompt), clean.repaired(row.completion)
-            if (prompt, completion) != (row.prompt, row.completion):
-                counts["mended"] += 1
-                row = replace(row, prompt=prompt, completion=completion)
-            if refused := clean.refusal(prompt, completion, self.limits):
+    def _mended(self, row: Row, counts: Counter[str]) -> Row | Refusal:
+        if self.mend:
+            mended = _rewritten(row, clean.repaired)
+            counts["mended"] += int(mended is not row and mended != row)
+            row = mended
+            if refused := clean.refusal(row.prompt, row.completion, self.limits):
                 return Refusal(row.source, row.id, *refused)
-        if self.benchmarks is not None and (hit := self.benchmarks.find(words_of(f"{row.prompt}\n{row.completion}"))):
-            detail = f"{hit.item.benchmark} {hit.item.id}, {hit.overlap:.0%}: {hit.item.question[:200]}"
-            return Refusal(row.source, row.id, CONTAMINATED, detail)
-        return row if self.personal == "keep" or row.messages else self._without_personal(row, counts)
+        return row if self.personal == "keep" else self._without_personal(row, counts)
 
     def _without_personal(self, row: Row, counts: Counter[str]) -> Row:
-        (prompt, of_prompt), (completion, of_completion) = map(personal.replaced, (row.prompt, row.completion))
-        if not (of_prompt or of_completion):
-            return row
+        found: Counter[str] = Counter()
+
+        def without(text: str) -> str:
+            text, kinds = personal.replaced(text)
+            found.update(kinds)
+            return text
+
+        rewritten = _rewritten(row, without)
         replacing = self.personal == "replace" or row.source in self.forums
-        for kind, n in (of_prompt + of_completion).items():
+        for kind, n in found.items():
             counts[f"personal data {'replaced' if replacing else 'left'}, {kind.lower()}"] += n
-        return replace(row, prompt=prompt, completion=completion) if replacing else row
+        return rewritten if replacing else row
 
 
-def _said(row: Row) -> str:
-    """What a row says, without the order of its choices, which says nothing."""
+def _rewritten(row: Row, change: Callable[[str], str]) -> Row:
+    """The row with its texts, or those of its messages, changed; itself where nothing changes."""
+    if not row.messages:
+        prompt, completion = change(row.prompt), change(row.completion)
+        if (prompt, completion) == (row.prompt, row.completion):
+            return row
+        return replace(row, prompt=prompt, completion=completion)
+    messages = tuple({"role": m["role"], "content": change(m["content"])} for m in row.messages)
+    prompt, completion = as_text(messages)
+    return replace(row, messages=messages, prompt=prompt, completion=completion)
+
+
+def _without_order(row: Row) -> tuple[str, list[str]] | None:
+    """What a question with choices says, without their order, which says nothing; None for other rows."""
     options = row.meta.get("options")
-    if options:
-        return " ".join([row.meta["question"], *sorted(options)])
-    return f"{row.prompt} {row.completion}"
+    if not options:
+        return None
+    text = " ".join([row.meta["question"], *sorted(options)])
+    return text, words_of(text)

@@ -2,7 +2,9 @@
 
 An item's question is its runs of five words. A row that holds 80 % of them holds the question, wherever it stands and
 however it is spelled in case and punctuation. Short questions look alike ("Which of the following is the drug of choice
-for ..."): one of fewer than 16 words counts only if the row also holds half of the item's choices, or its answer.
+for ..."): one of fewer than 16 words counts only if the row also holds half of the item's choices, or its answer. Runs
+that stand in more than 50 questions are their form; they make no question a candidate, so that many questions of one
+form cost nothing.
 """
 
 import csv
@@ -19,7 +21,9 @@ from distil_jax.errors import UserError, nearest
 
 RUN = 5
 OVERLAP = 0.8
+LIKELY = 0.4  # of the runs that are an item's own, from which on all of them are counted
 SHORT = 16  # words
+COMMON = 50  # items; a run that stands in more of them says nothing
 EXAMPLES = 5  # in a report, of each source and benchmark
 
 
@@ -45,19 +49,25 @@ class Index:
 
     def __init__(self, items: Iterable[Item]):
         self.items = list(items)
-        keys, owners, sizes, lengths = [], [], [], []
+        keys, owners, lengths = [], [], []
         for n, item in enumerate(self.items):
             words = words_of(item.question)
             found = np.unique(_runs(words))
             keys.append(found)
             owners.append(np.full(len(found), n, np.int32))
-            sizes.append(len(found))
             lengths.append(len(words))
-        key = np.concatenate(keys) if keys else np.zeros(0, np.uint64)
+        key = np.concatenate([*keys, np.zeros(0, np.uint64)])
+        owner = np.concatenate([*owners, np.zeros(0, np.int32)])
+        # Runs of many questions are their form, not their matter; a question that has no others keeps them.
+        _, which, times = np.unique(key, return_inverse=True, return_counts=True)
+        own = times[which] <= COMMON
+        own |= (np.bincount(owner[own], minlength=len(self.items)) == 0)[owner]
+        key, owner = key[own], owner[own]
         order = np.argsort(key, kind="stable")
-        self._keys = key[order]
-        self._owners = np.concatenate(owners)[order] if owners else np.zeros(0, np.int32)
-        self._sizes, self._lengths = np.array(sizes, np.int64), np.array(lengths, np.int64)
+        self._keys, self._owners = key[order], owner[order]
+        self._sizes = np.bincount(owner, minlength=len(self.items))
+        self._lengths = np.array(lengths, np.int64)
+        self._runs = keys
         self._run_lengths = sorted({min(RUN, max(1, length)) for length in lengths})
 
     def find(self, words: list[str]) -> Hit | None:
@@ -65,9 +75,9 @@ class Index:
         if not len(self._keys):
             return None
         hashed = hashes(words)
-        held = np.concatenate([runs(hashed, n) for n in self._run_lengths])
-        start = np.searchsorted(self._keys, held, "left")
-        held = np.unique(held[self._keys[np.minimum(start, len(self._keys) - 1)] == held])
+        everything = np.concatenate([runs(hashed, n) for n in self._run_lengths])
+        start = np.searchsorted(self._keys, everything, "left")
+        held = np.unique(everything[self._keys[np.minimum(start, len(self._keys) - 1)] == everything])
         if not len(held):
             return None
         start, stop = (np.searchsorted(self._keys, held, side) for side in ("left", "right"))
@@ -75,11 +85,12 @@ class Index:
         items, counts = np.unique(owners, return_counts=True)
         share = counts / self._sizes[items]
         for at in np.lexsort((items, -share)):
-            if share[at] < OVERLAP:
+            if share[at] < LIKELY:
                 return None
             number = int(items[at])
-            if self._lengths[number] >= SHORT or _has_choices(self.items[number], words):
-                return Hit(self.items[number], round(float(share[at]), 3))
+            overlap = float(np.isin(self._runs[number], everything).mean())
+            if overlap >= OVERLAP and (self._lengths[number] >= SHORT or _has_choices(self.items[number], words)):
+                return Hit(self.items[number], round(overlap, 3))
         return None
 
 

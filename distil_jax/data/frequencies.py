@@ -21,7 +21,7 @@ from pathlib import Path
 from distil_jax.data import hpo
 from distil_jax.data.hpo import HpoCorpus, Ontology
 from distil_jax.data.hpoa import CATEGORIES, Annotation, find_hpoa, read_hpoa
-from distil_jax.data.sources import Quarantine, Row, split_of, stable_fraction
+from distil_jax.data.rows import Quarantine, Row, split_of, stable_fraction
 
 FEWEST_COUNTS = 2  # annotations with a count or a percentage that a disease must have
 SHORTEST, LONGEST = 160, 540  # bytes of a completion at which no further sentence is begun that would pass them

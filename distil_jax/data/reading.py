@@ -1,198 +1,240 @@
-"""The records of a catalogued source, from a folder with the hub's files, the hub itself, or tfds; and their rows.
+"""A source of the catalogue to records and rows: from local copies, from the hub, or from tfds folders.
 
-    ROOT/openlifescienceai/medmcqa/data/train-00000-of-00001.parquet
+`root` says from where:
+- a folder, which holds `<hub id>/[config/]*.{parquet,jsonl,json,csv}`, as `hf download --local-dir` writes them;
+- "hub": streamed by the library `datasets` under the source's hub id;
+- "tfds:FOLDER": folders `<hub id>/[config/]` made by a tfds builder (array_record), read as a data source.
 
-is how `hf download --repo-type dataset --local-dir ROOT/NAME NAME` lays the files out, in .parquet, .jsonl, .json (a
-list of objects) or .csv.
+Nothing is whole in memory. A unit, one file or one split, is read without regard to the others, so they can be read in
+parallel. A source that breaks off raises UserError with the row reached, and can be read on from there (`after`).
 """
 
-import json
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from distil_jax.data import sources
-from distil_jax.data.adapters import Adapted, Unusable
-from distil_jax.data.catalogue import Source
-from distil_jax.data.sources import Row, split_of
-from distil_jax.data.specialties import specialty_of
+from distil_jax.data import specialties
+from distil_jax.data.adapters import Fields, Refused
+from distil_jax.data.catalogue import Part, Source
+from distil_jax.data.formats import READERS, Table, peeked
+from distil_jax.data.rows import Quarantine, Row, split_of
 from distil_jax.errors import UserError, nearest
 
-REMOTE = HUB, TFDS = "hub", "tfds"  # config.data.root, if it is no folder
-VALIDATION, TEST = 0.005, 0.01  # of the documents of a source
-_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
-_SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|val|dev|test)(?![a-z])")
-_SAME = {"valid": "validation", "val": "validation"}
-_BUFFER = 1 << 20  # characters of a JSON list read at once
+HUB, TFDS = "hub", "tfds:"
+_OPTIONAL = ("id",)  # taken along where a source has it
 
 
-def rows_of(source: Source, root: str, quarantine: Any) -> Iterator[Row]:
-    """The rows of a source, each with its specialty and its side of the held-out split.
+@dataclass(frozen=True)
+class Unit:
+    """What is read in one go: a file of a source's part, or, from the hub and tfds, the part."""
 
-    root: a folder, "hub" or "tfds". Records that cannot be used go to `quarantine` (whatever has its `add`).
+    source: Source
+    part: Part
+    root: str
+    file: str
 
-    Raises UserError if the source is not there, lacks a column, or breaks off.
+    @property
+    def stem(self) -> str:
+        """Unique in the source, and the same on every machine: the config and the file's name, without extension."""
+        file = Path(self.file)
+        name = f"{file.parent.name}-{file.stem}" if file.stem.isdigit() else file.stem  # an export: train/0000.parquet
+        return f"{self.part.config}/{name}" if self.part.config else name
+
+
+def is_folder(root: str) -> bool:
+    """Whether a root is local copies."""
+    return root != HUB and not root.startswith(TFDS)
+
+
+def units(source: Source, root: str) -> list[Unit]:
+    """The units of a source, in an order that does not depend on the machine. Raises UserError where a part has no
+    file, or the same file in two formats."""
+    if not is_folder(root):
+        return [Unit(source, part, root, part.split) for part in source.parts]
+    return [Unit(source, part, root, str(file)) for part in source.parts for file in _files(source, part, Path(root))]
+
+
+def records(source: Source, root: str, quarantine: Quarantine) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """(file, row number, record) of a source; see `unit_records`."""
+    for unit in units(source, root):
+        for number, record in unit_records(unit, quarantine):
+            yield unit.file, number, record
+
+
+def rows(source: Source, root: str, quarantine: Quarantine, **how: Any) -> Iterator[Row]:
+    """The rows of a source; see `unit_rows` for `how` and the errors."""
+    for unit in units(source, root):
+        yield from unit_rows(unit, quarantine, **how)
+
+
+def unit_records(unit: Unit, quarantine: Quarantine, after: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row number from 1, record) of a unit, after the row `after`; a record has the columns that the source needs.
+
+    Raises UserError, with the source, for a column that is missing and for a unit that breaks off.
     """
-    used = refused = 0
-    for where, number, record in records(source, root, quarantine):
-        try:
-            adapted = source.adapt(record)
-        except Unusable as unusable:
-            quarantine.add(f"{source.name}: {where}", number, *unusable.args)
-            refused += 1
-            continue
-        for one in adapted:
-            used += 1
-            yield _row(source, where, number, one)
-    if not used:
-        raise UserError(f"source {source.name} has no usable row ({refused} refused): see its files under {root}")
-
-
-def _row(source: Source, where: str, number: int | str, one: Adapted) -> Row:
-    identity = f"{source.name}:{Path(where).with_suffix('')}:{number}" + (f":{one.part}" if one.part else "")
-    key = f"{source.name}\0{one.cluster or one.prompt + one.completion}"
-    return Row(
-        id=identity,
-        source=source.name,
-        split=split_of(key, validation=VALIDATION, test=TEST),
-        licence=source.licence,
-        specialty=specialty_of(source.name, one.label, one.prompt + one.completion),
-        kind=one.kind,
-        prompt=one.prompt,
-        completion=one.completion,
-        ended=one.ended,
-        meta={"question": one.question, "answer": one.answer, "options": one.options, "label": one.label},
-    )
-
-
-def records(source: Source, root: str, quarantine: Any) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """(file or configuration and split, number from 1, record) of every split of the source that is read."""
-    if root in REMOTE:
-        for config in source.configs:
-            for split in source.splits:
-                yield from _checked(source, f"{config or 'default'}/{split}", _remote(source, root, config, split))
-        return
-    for file in files(source, root):
-        if file.suffix == ".json":
-            found = _json_list(file)
-        else:
-            found = sources.read_records(file, quarantine)
-        yield from _checked(source, str(file.relative_to(Path(root) / source.hub)), found)
-
-
-def files(source: Source, root: str) -> list[Path]:
-    """The files of the source's splits in `root`, in order of their names. Raises UserError if there are none."""
-    folder = Path(root) / source.hub
-    if not folder.is_dir():
-        raise UserError(
-            f"source {source.name} is not in config.data.root: no folder {folder}. Get it with `hf download "
-            f"--repo-type dataset --local-dir {folder} {source.hub}`, set config.data.root=hub, or leave it out of "
-            "config.data.sources"
-        )
-    present = sorted(file for file in folder.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
-    found = []
-    for config in source.configs:
-        of_config = [file for file in present if not config or config in file.relative_to(folder).parts[:-1]]
-        by_split = {file: _split_of_file(file.relative_to(folder)) for file in of_config or present}
-        for split in source.splits:
-            named = [file for file, of in by_split.items() if of == split]
-            # A dataset of one file is its training split, whatever it is called.
-            found += named or [file for file, of in by_split.items() if of is None and split == "train"]
-    if not found:
-        wanted = " and ".join(source.splits)
-        raise UserError(f"source {source.name}: no {', '.join(_SUFFIXES)} of the split {wanted} under {folder}")
-    return list(dict.fromkeys(found))
-
-
-def _split_of_file(path: Path) -> str | None:
-    names = _SPLIT.findall(path.as_posix().lower().replace("_", " "))
-    return _SAME.get(names[-1], names[-1]) if names else None
-
-
-def _checked(
-    source: Source, where: str, found: Iterable[tuple[int, dict[str, Any]]]
-) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """The records, after a look at the columns of the first; an error of the reader says how far it came."""
-    number, first = 0, True
+    source, columns = unit.source, unit.source.columns_of(unit.part)
+    reached = after
     try:
-        for number, record in found:  # noqa: B007
-            if first:
-                _check_columns(source, where, record)
-                first = False
-            yield where, number, record
-    except UserError:
-        raise
-    except Exception as error:
-        if isinstance(error, (Unusable, GeneratorExit)):
+        present, found = _table(unit, {*columns, *_OPTIONAL}, quarantine, after)
+        if present:
+            _check_columns(unit, columns, present)
+        for reached, record in found:
+            yield reached, {n: record.get(n) for n in columns} | {n: record[n] for n in _OPTIONAL if record.get(n)}
+    except UserError as error:
+        raise UserError(f"source {source.name}: {error}") from error
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"source {source.name}: reading from {unit.root} needs {error.name}; pip install 'distil-jax[data]'"
+        ) from error
+    except Exception as error:  # of the network and the libraries that read over it, whatever they raise
+        if is_folder(unit.root):
             raise
         raise UserError(
-            f"source {source.name} breaks off in {where} after row {number} ({type(error).__name__}: {error}); give "
-            "the same command again, or copy the file again"
+            f"source {source.name} ({source.hub_id}, {unit.part.name}, {unit.root}) breaks off after row {reached}: "
+            f"{type(error).__name__}: {error}; check the connection, the name and your access, and try again"
         ) from error
 
 
-def _check_columns(source: Source, where: str, record: dict[str, Any]) -> None:
-    for name in source.columns:
-        if name not in record:
-            raise UserError(
-                f"source {source.name}, {where}: no column {name!r}{nearest(name, record)}; it has "
-                f"{', '.join(record)}. Its schema has changed: take an older revision, or mend data/adapters.py"
+def unit_rows(
+    unit: Unit,
+    quarantine: Quarantine,
+    *,
+    after: int = 0,
+    explanations: bool = False,
+    split_seed: int = 0,
+    validation: float = 0.04,
+    test: float = 0.08,
+) -> Iterator[Row]:
+    """Rows of a unit, after the row `after`.
+
+    explanations: let the source's explanation of an answer follow it in the completion. The split is a hash of the
+    row's cluster, or of its text where it has none. The specialty is that of the source's labels, else the
+    classifier's. Raises UserError as `unit_records`, and where the whole unit has no usable row. Refused records go to
+    `quarantine`.
+    """
+    used, before = 0, quarantine.total
+    for number, record in unit_records(unit, quarantine, after):
+        try:
+            found = unit.source.adapter(record)
+        except Refused as refused:
+            quarantine.add(f"{unit.source.name}: {unit.file}", number, refused.reason, refused.detail)
+            continue
+        for place, fields in enumerate(found):
+            used += 1
+            completion = fields.completion
+            if explanations and fields.explanation:
+                completion += f"\n{fields.explanation}"
+            key = fields.meta.get("cluster") or sha256(f"{fields.prompt}\0{completion}".encode()).hexdigest()
+            yield Row(
+                id=_id(unit, number, place, fields),
+                source=unit.source.name,
+                split=split_of(key, seed=split_seed, validation=validation, test=test),
+                licence=unit.source.licence,
+                specialty=fields.specialty or specialties.classify(fields.prompt + completion),
+                kind=fields.kind,
+                prompt=fields.prompt,
+                completion=completion,
+                messages=fields.messages,
+                meta=fields.meta,
             )
+    refused = quarantine.total - before
+    if not used and not after:
+        raise UserError(
+            f"source {unit.source.name}: {unit.file} has no usable row ({refused} refused, see {quarantine.path}); "
+            "check that it is what the source's page describes"
+        )
 
 
-def _remote(source: Source, root: str, config: str, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    if root == HUB:
-        try:
-            from datasets import load_dataset
-        except ImportError as error:
-            raise UserError("config.data.root=hub needs datasets: pip install 'distil-jax[data]'") from error
-        try:
-            found = load_dataset(source.hub, config or None, split=split, streaming=True)
-        except Exception as error:
-            raise UserError(
-                f"source {source.name}: {source.hub} cannot be read from the hub ({type(error).__name__}: {error})"
-            ) from error
+def _id(unit: Unit, number: int, place: int, fields: Fields) -> str:
+    if fields.id:
+        return f"{unit.source.name}:{fields.id}"
+    return f"{unit.source.name}:{unit.stem}:{number}" + (f".{place}" if place else "")
+
+
+def _files(source: Source, part: Part, root: Path) -> list[Path]:
+    folder = root / source.hub_id / part.config
+    if not folder.is_dir():
+        raise UserError(
+            f"source {source.name}: there is no folder {folder}; copy the files of {source.hub_id} there, leave the "
+            "source out, or read it from the hub"
+        )
+    files = [
+        f
+        for f in folder.rglob("*")
+        if f.suffix.lower() in READERS and fnmatch(f.relative_to(folder).as_posix(), part.files)
+    ]
+    # A hidden folder (.cache of a download) is no part of the data; some dumps keep their card as JSON beside it.
+    files = [f for f in files if not any(p.startswith(".") for p in f.relative_to(folder).parts)]
+    files = sorted((f for f in files if f.name != "dataset_infos.json"), key=lambda f: f.relative_to(folder).as_posix())
+    if not files:
+        there = ", ".join(sorted(f.name for f in folder.iterdir())[:5]) or "nothing"
+        raise UserError(
+            f"source {source.name}: {folder} has no file {part.files} of {', '.join(READERS)}; it has {there}"
+        )
+    stems: dict[Path, Path] = {}
+    for file in files:
+        other = stems.setdefault(file.with_suffix(""), file)
+        if other != file:
+            raise UserError(f"source {source.name}: {other} and {file.name} look like the same rows twice; keep one")
+    return files
+
+
+def _table(unit: Unit, wanted: set[str], quarantine: Quarantine, after: int) -> Table:
+    source, part = unit.source, unit.part
+    if unit.root == HUB:
+        return hub_table(source.hub_id, part, after)
+    if unit.root.startswith(TFDS):
+        folder = Path(unit.root.removeprefix(TFDS)) / source.hub_id / part.config
+        return tfds_table(folder, part.split, after)
+    return READERS[Path(unit.file).suffix.lower()](Path(unit.file), quarantine, wanted, after)
+
+
+def hub_table(hub_id: str, part: Part, after: int = 0) -> Table:
+    """A part as `datasets` streams it: (column names, iterator of (row number, record)); the first records are fetched
+    here."""
+    import datasets
+
+    if part.export:
+        where = {"revision": "refs/convert/parquet", "data_files": {part.split: part.export}}
     else:
+        where = {"name": part.config or None}
+    stream = datasets.load_dataset(hub_id, split=part.split, streaming=True, **where)
+    return peeked(enumerate(stream.skip(after), after + 1))
+
+
+def tfds_table(folder: Path, split: str, after: int = 0) -> Table:
+    """A split of a tfds builder's folder: as `hub_table`, with texts decoded and arrays as lists.
+
+    Not tried on a real folder: writing one takes TensorFlow. Reading one as a data source takes none.
+    """
+    import tensorflow_datasets as tfds
+
+    source = tfds.builder_from_directory(str(folder)).as_data_source(split=split)
+    read = ((number + 1, _plain(source[number])) for number in range(after, len(source)))
+    return list(source.dataset_info.features), read
+
+
+def _plain(value: Any) -> Any:
+    """A tfds value as JSON would have it; a sequence of records, which tfds holds as a record of lists, stays one."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, bytes):
         try:
-            import tensorflow_datasets as tfds
-        except ImportError as error:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _check_columns(unit: Unit, needed: Sequence[str], present: Sequence[str]) -> None:
+    for name in needed:
+        if name not in present:
             raise UserError(
-                "config.data.root=tfds needs the tensorflow-datasets package: pip install 'distil-jax[data]'"
-            ) from error
-        name = "huggingface:" + source.hub.replace("-", "_").lower().replace("/", "__")
-        found = tfds.data_source(f"{name}/{config}" if config else name, split=split)
-    yield from enumerate(map(dict, found), 1)
-
-
-def _json_list(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSON list, or of JSON lines under the name .json, one at a time."""
-    decoder, number, ended = json.JSONDecoder(), 0, False
-    with file.open(encoding="utf-8") as text:
-        buffer = text.read(_BUFFER).lstrip("\ufeff \t\r\n")
-        listed = buffer.startswith("[")
-        buffer = buffer[1:] if listed else buffer
-        while True:
-            buffer = buffer.lstrip(", \t\r\n")
-            if listed and buffer.startswith("]"):
-                return
-            if buffer:
-                try:
-                    record, end = decoder.raw_decode(buffer)
-                except json.JSONDecodeError:
-                    if ended:
-                        raise
-                else:
-                    number += 1
-                    if not isinstance(record, dict):
-                        raise UserError(f"{file}: entry {number} is no object with named fields")
-                    yield number, record
-                    buffer = buffer[end:]
-                    continue
-            elif ended:
-                if listed:
-                    raise UserError(f"{file} breaks off after row {number}: copy it again")
-                return
-            more = text.read(_BUFFER)
-            ended = not more
-            buffer += more
+                f"{unit.file} has no column {name!r}{nearest(name, present)}; it has {', '.join(present)}: the source "
+                "has changed, or this is another file"
+            )

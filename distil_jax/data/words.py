@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import UInt64
 
 _WORD = re.compile(r"\w+")
+_REMEMBERED = 200_000  # words
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -16,10 +17,23 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(text.casefold())
 
 
+class _Hashes(dict[str, int]):
+    """Word -> a number below 2^64, remembered: a corpus says the same words again and again."""
+
+    def __missing__(self, word: str) -> int:
+        if len(self) >= _REMEMBERED:
+            self.clear()
+        crc = zlib.crc32(word.encode("utf-8", "surrogatepass"))
+        found = self[word] = (crc + 1) * int(_BASE) & 0xFFFF_FFFF_FFFF_FFFF
+        return found
+
+
+_hashes = _Hashes()
+
+
 def hashes(words: list[str]) -> UInt64[np.ndarray, " n"]:
     """A number for each word, the same in every process."""
-    crc = np.fromiter((zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words), np.uint64, len(words))
-    return (crc + np.uint64(1)) * _BASE
+    return np.array(list(map(_hashes.__getitem__, words)), np.uint64)
 
 
 def runs(word_hashes: UInt64[np.ndarray, " n"], length: int) -> UInt64[np.ndarray, " m"]:

@@ -2,14 +2,13 @@
 
 import csv
 import json
-import subprocess
-import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distil_jax.data.sources import Quarantine, read_files, split_of, stable_fraction
+from distil_jax.data.files import read_files
+from distil_jax.data.rows import Quarantine
 from distil_jax.errors import UserError
 
 
@@ -123,8 +122,3 @@ def test_split_depends_on_the_text_alone_and_keeps_equal_texts_together(tmp_path
     a, b = (read(tmp_path / f"{name}.jsonl", tmp_path)[0] for name in "ab")
     assert {r.completion: r.split for r in a} == {r.completion: r.split for r in b}
     assert {r.split for r in a} == {"train", "validation", "test"}
-    shares = [split_of(str(i), validation=0.1, test=0.2) for i in range(4000)]
-    assert abs(shares.count("test") / 4000 - 0.2) < 0.02 and abs(shares.count("validation") / 4000 - 0.1) < 0.02
-    code = "from distil_jax.data.sources import stable_fraction; print(stable_fraction('x', 3))"
-    other_process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(other_process.stdout) == stable_fraction("x", 3)
