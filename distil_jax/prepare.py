@@ -31,7 +31,6 @@ from distil_jax.gather import Refusals, gather, rows_of, total
 from distil_jax.metrics import is_first_process
 from distil_jax.models import hub
 from distil_jax.shard import Sharding
-from distil_jax.tokens.bytes import ByteTable
 from distil_jax.workdir import Workdir, files_of, names_of
 
 _GATHERED = "rows/gathered"  # written when every block is there
@@ -95,7 +94,6 @@ def prepare(config: ConfigDict, process_index: int, process_count: int) -> dict[
     made = shard.together(sharding, len(facts))
     refused = [*(one["refused"] for one in facts), *made.pop("refused")]
     by_source = {name: _sum(one.get(name, {}) for one in refused) for one in refused for name in one}
-    tables = {"teacher": sharding.teacher, "student": sharding.student}
     licences = {"licences": total(facts, "licences")}
     corpus = stage.finish(
         provenance=provenance | (licences if files_of(config) else {}),
@@ -106,7 +104,6 @@ def prepare(config: ConfigDict, process_index: int, process_count: int) -> dict[
         contamination=found,
         quarantined=_sum(by_source.values()),
         quarantined_by_source=by_source,
-        tokenizers={side: {"vocab_size": t.vocab_size, "hash": t.hash, "kind": t.kind} for side, t in tables.items()},
         **made,
     )
     shutil.rmtree(folder / "parts")
@@ -262,12 +259,10 @@ def train_tokenizer(config: ConfigDict, side: str, texts: Sequence[str], where: 
 def sharding_of(work: Workdir, facts: Sequence[dict[str, Any]]) -> Sharding:
     """How the blocks of these facts become shards."""
     data = work.config.data
-    tables = {
-        side: ByteTable.from_tokenizer(learners.tokenizer_directory(work, side)) for side in ("student", "teacher")
-    }
     return Sharding(
         folder=work / "corpus",
-        **tables,
+        student_tokenizer=str(learners.tokenizer_directory(work, "student")),
+        teacher_tokenizer=str(learners.tokenizer_directory(work, "teacher")),
         specialties=tuple(sorted(total(facts, "specialties"))),
         student_length=data.student_length,
         teacher_length=data.teacher_length,

@@ -4,6 +4,7 @@ Blocks do not depend on each other, so they are shared out over processes and ho
 number of both. What is counted of a block is written last, as `parts/n.json`: a run that was killed makes the others.
 """
 
+import functools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -31,13 +32,27 @@ class Sharding(NamedTuple):
     """What every block is made with."""
 
     folder: Path  # of the corpus; blocks in rows/, what is counted in parts/
-    student: ByteTable
-    teacher: ByteTable
+    student_tokenizer: str  # folders
+    teacher_tokenizer: str
     specialties: tuple[str, ...]
     student_length: int
     teacher_length: int
     rows_per_shard: int
     copies: dict[str, float]  # source -> how often a training row is read
+
+    @property
+    def student(self) -> ByteTable:
+        return table(self.student_tokenizer)
+
+    @property
+    def teacher(self) -> ByteTable:
+        return table(self.teacher_tokenizer)
+
+
+@functools.lru_cache(maxsize=2)
+def table(folder: str) -> ByteTable:
+    """The byte table of a tokenizer, once in each process that makes shards: it takes 200 to 300 MB."""
+    return ByteTable.from_tokenizer(folder)
 
 
 class Block(NamedTuple):
@@ -59,6 +74,7 @@ def blocks_of(facts: Sequence[dict[str, Any]]) -> list[Block]:
 
 def make_parts(sharding: Sharding, wanted: Iterable[Block], processes: int) -> None:
     """Makes the shards of these blocks, but for those that are there."""
+    table.cache_clear()  # the folder of an earlier run may hold another tokenizer now
     (sharding.folder / "parts").mkdir(exist_ok=True)
     missing = [block for block in wanted if not part_file(sharding.folder, block.number).is_file()]
     for done, number in enumerate(ordered(make_part, sharding, missing, min(processes, len(missing))), 1):
@@ -99,6 +115,10 @@ def make_part(sharding: Sharding, block: Block) -> int:
     write_json_atomic(
         place,
         {
+            "tokenizers": {
+                side: {"vocab_size": t.vocab_size, "hash": t.hash, "kind": t.kind}
+                for side, t in (("teacher", s.teacher), ("student", s.student))
+            },
             "shards": shards,
             "rows": {split: len(members) for split, members in examples.items()},
             "chat": {split: _chat(examples[split], rows[split], block.before.get(split, 0)) for split in rows},
@@ -230,11 +250,11 @@ def together(s: Sharding, count: int) -> dict[str, Any]:
         share = round(supervised / tokens, 5) if tokens else 0.0
         chat[split] = {"rows": chats, "tokens": tokens, "supervised": share}
         alignment[split] = _shares([part["alignment"][split] for part in parts if split in part["alignment"]])
-    counts = np.ones(s.student.vocab_size)  # add one
-    for number in range(count):
-        counts += np.load(part_file(s.folder, number).with_suffix(".npy"))
+    # Add one.
+    counts = 1.0 + sum(np.load(part_file(s.folder, number).with_suffix(".npy")) for number in range(count))
     np.save(s.folder / "student_unigram.npy", counts / counts.sum())
     return {
+        "tokenizers": parts[0]["tokenizers"],
         "shards": shards,
         "rows": rows,
         "chat": chat,
