@@ -96,7 +96,7 @@ def prepare(config: ConfigDict, process_index: int, process_count: int) -> dict[
     by_source = {name: _sum(one.get(name, {}) for one in refused) for one in refused for name in one}
     licences = {"licences": total(facts, "licences")}
     corpus = stage.finish(
-        provenance=provenance | (licences if files_of(config) else {}),
+        provenance=provenance | (licences if files_of(config) or config.data.sources else {}),
         specialties=list(sharding.specialties),
         sources={split: rows_of(facts, split) for split in SPLITS},
         copies={name: round(n, 4) for name, n in sharding.copies.items()},
@@ -181,7 +181,7 @@ def rows_to_read(config: ConfigDict) -> tuple[Callable[[Refusals], Iterable[Row]
                 yield from map(chat, reading.rows(source, root, refusals, **how))
 
         told = {s.name: {"hub": s.hub_id, "licence": s.licence, "parts": [p.name for p in s.parts]} for s in chosen}
-        return catalogued, {"sources": told, "root": root}
+        return catalogued, {"sources": told}
     if given := files_of(config):
         return lambda refusals: map(chat, files.read_files(given, refusals)), {"files": given}
     refused = Refusals(Path("quarantine.jsonl"))
