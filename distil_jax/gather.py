@@ -1,10 +1,11 @@
 """The first half of `prepare`: the rows of every source, cleaned, each text once, in blocks on disk (data/blocks.py).
 
 Rows are read by this process and cleaned in chunks by others; what was seen before is told apart here, in the order in
-which the rows stand, so the blocks are the same for any number of processes. A run that was killed reads past what
-the whole blocks hold and goes on.
+which the rows stand, so the blocks are the same for any number of processes. No two rows of a source have one id. A
+run that was killed reads past what the whole blocks hold and goes on.
 """
 
+import hashlib
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -82,10 +83,11 @@ def gather(
     """
     folder.mkdir(parents=True, exist_ok=True)
     done = blocks.facts(folder)
-    if seen is not None:
-        for number in range(len(done)):
-            for prints in _prints(folder, number):
-                seen.admit(prints)
+    ids: set[int] = set()  # hashed: of the rows that are kept
+    for number in range(len(done)):
+        ids.update(_id(row) for row in blocks.read(folder, number))
+        for prints in _prints(folder, number) if seen is not None else ():
+            seen.admit(prints)
     entries = islice(_entries(read_rows, Refusals(quarantine)), sum(f["read"] for f in done), None)
     block = _Block(folder, len(done))
     read = sum(f["read"] for f in done)
@@ -106,7 +108,16 @@ def gather(
                 at += 1
                 if earlier >= 0:
                     block.refuse([_duplicate(outcome, earlier)])
+                elif (own := _id(outcome)) in ids:
+                    block.refuse(
+                        [
+                            Refusal(
+                                outcome.source, outcome.id, "duplicate id", "an earlier row of this source has it too"
+                            )
+                        ]
+                    )
                 else:
+                    ids.add(own)
                     block.add(outcome)
             block.read += 1
         read += len(refused)
@@ -119,6 +130,12 @@ def gather(
     if block.read or not done:
         done.append(block.close())
     return done
+
+
+def _id(row: Row) -> int:
+    """A number for the row's id in its source: two files may both count from 1."""
+    said = f"{row.source}\0{row.id}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "little")
 
 
 def _duplicate(row: Row, earlier: int) -> Refusal:

@@ -7,6 +7,7 @@ import signal
 import string
 import threading
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -226,6 +227,27 @@ def test_what_was_seen_before_a_kill_is_known_after_it(rows, tmp_path, monkeypat
     assert len(kept) == len(lengths) == len({len(row.completion) for row in kept})
     assert sum(gather.total(whole, "mended").values()) == 15
     assert sum(sum(f["refused"][s].values()) for f in whole for s in f["refused"]) == 1500 - len(kept)
+
+
+def test_the_second_row_with_an_id_is_refused_in_a_later_block_and_after_a_kill_too(rows, tmp_path):
+    other = replace(rows[3], source="another file")  # which may count its rows in the same way
+    again = [*rows[:300], rows[7], rows[299], *rows[300:400], other, rows[0]]
+    for folder, stops in (("whole", [len(again)]), ("killed", [350, len(again)])):
+        for stop in stops:
+
+            def read(refusals, stop=stop):
+                yield from again[:stop]
+                if stop < len(again):
+                    raise Killed
+
+            try:
+                facts = gather.gather(read, tmp_path / folder, tmp_path / "quarantine.jsonl", characters=4000)
+            except Killed:
+                continue
+        kept = [row.id for n in range(len(facts)) for row in blocks.read(tmp_path / folder, n)]
+        assert len(facts) > 2 and kept == [row.id for row in [*rows[:400], other]]
+        refused = [f["refused"][source] for f in facts for source in f["refused"]]
+        assert sum((Counter(reasons) for reasons in refused), Counter()) == {"duplicate id": 3}
 
 
 def _square(context, n):
