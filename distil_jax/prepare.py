@@ -170,11 +170,11 @@ def rows_to_read(config: ConfigDict) -> tuple[Callable[[Refusals], Iterable[Row]
     if name not in EMBEDDED:
         raise UserError(f"config.data.corpus is {name!r}: it is {' or '.join(EMBEDDED)}{nearest(name, EMBEDDED)}")
     chat = as_conversation if config.data.chat == "on" else lambda row: row
+    root, explanations = config.data.root, config.data.explanations
     if named := names_of(config.data.sources):
         if files_of(config):
             raise UserError("config.data.files and config.data.sources are both set: empty one of them")
-        chosen, root = catalogue.chosen(named), config.data.root
-        how = {"explanations": config.data.explanations, **HELD_OUT}
+        chosen, how = catalogue.chosen(named), {"explanations": explanations, **HELD_OUT}
 
         def catalogued(refusals: Refusals) -> Iterable[Row]:
             for source in chosen:

@@ -234,7 +234,10 @@ def read_but_not_in_the_key(config, run):
         place = changed[section] if section else changed
         value = place[last]
         place[last] = value + "x" if isinstance(value, str) else not value if isinstance(value, bool) else value + 1
-        return Workdir(changed).key(run) != key
+        try:
+            return Workdir(changed).key(run) != key
+        except UserError:
+            return True  # the name of a file or source that there is not
 
     read = flatten(config).keys() - set(config.unread()) - HOW_NOT_WHAT
     return {name for name in read if not matters(name)}

@@ -349,7 +349,7 @@ def test_a_pass_that_was_killed_goes_on_with_the_next_file_and_ends_with_the_sam
     said = subprocess.run(
         [sys.executable, "-m", "distil_jax.score", *arguments], cwd=PROJECT, capture_output=True, text=True, check=True
     ).stderr
-    assert "of" in said and "files are there already; going on with train-0000" in said
+    assert "of" in said and "files are there already; going on with train-block00000-0000" in said
     assert there == {name: (folder / name).stat().st_mtime_ns for name in there}
     assert files_of(tmp_path / "work") == files_of(Path(scored[0].workdir))
     assert not list(folder.glob(".*"))
