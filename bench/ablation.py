@@ -12,14 +12,21 @@ from typing import Any
 from several_seeds import TINY, markdown, run_all, shown, spread
 
 from distil_jax import variants
-from distil_jax.losses.weights import parse_weights
+from distil_jax.config import numbers_by_name
 from distil_jax.tables import gain, models_of
 
 
 def main(arguments: Sequence[str]) -> None:
     config, folder, results = run_all(arguments, f"{TINY}:ablation", "work/ablation")
     given_weights = [config.variants[run].get("specialty_weights", "") for run in config.variants]
-    text = table(results, list(dict.fromkeys(name for weights in given_weights for name in parse_weights(weights))))
+    text = table(
+        results,
+        list(
+            dict.fromkeys(
+                name for weights in given_weights for name in numbers_by_name("objective.specialty_weights", weights)
+            )
+        ),
+    )
     (folder / "ablation.md").write_text(text, encoding="utf-8")
     print(text, end="")
 

@@ -334,3 +334,19 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
     raise TypeError(f"cannot hash a {type(value).__name__} in a config: {value!r}")
+
+
+def numbers_by_name(key: str, text: str) -> dict[str, float]:
+    """The value `text` of a config key, "medmcqa=2, cord19=0.25", as a dict. Raises UserError naming the key and the
+    part that is no name with a number of 0 or more."""
+    numbers: dict[str, float] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, number = part.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = -1.0
+        if not name.strip() or not 0 <= value < float("inf"):
+            raise UserError(f"config.{key}: {part!r} is not NAME=NUMBER, a number of 0 or more, as in one=1.2,two=1")
+        numbers[name.strip()] = value
+    return numbers

@@ -5,7 +5,6 @@ which the rows stand, so the blocks are the same for any number of processes. No
 run that was killed reads past what the whole blocks hold and goes on.
 """
 
-import hashlib
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +18,7 @@ from distil_jax.data import blocks
 from distil_jax.data.cleaner import Cleaned, Refusal
 from distil_jax.data.pool import ordered
 from distil_jax.data.rows import Quarantine, Row
+from distil_jax.data.words import whole
 
 _CHUNK = 512  # rows that a process takes at a time
 
@@ -109,13 +109,8 @@ def gather(
                 if earlier >= 0:
                     block.refuse([_duplicate(outcome, earlier)])
                 elif (own := _id(outcome)) in ids:
-                    block.refuse(
-                        [
-                            Refusal(
-                                outcome.source, outcome.id, "duplicate id", "an earlier row of this source has it too"
-                            )
-                        ]
-                    )
+                    detail = "an earlier row of this source has it too"
+                    block.refuse([Refusal(outcome.source, outcome.id, "duplicate id", detail)])
                 else:
                     ids.add(own)
                     block.add(outcome)
@@ -134,8 +129,7 @@ def gather(
 
 def _id(row: Row) -> int:
     """A number for the row's id in its source: two files may both count from 1."""
-    said = f"{row.source}\0{row.id}".encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "little")
+    return whole([f"{row.source}\0{row.id}"])
 
 
 def _duplicate(row: Row, earlier: int) -> Refusal:

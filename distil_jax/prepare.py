@@ -20,6 +20,7 @@ import jax
 from ml_collections import ConfigDict
 
 from distil_jax import learners, shard
+from distil_jax.config import numbers_by_name
 from distil_jax.data import blocks, catalogue, contamination, files, frequencies, hpo, mixture, reading
 from distil_jax.data.cleaner import CONTAMINATED, PERSONAL, RowCleaner
 from distil_jax.data.duplicates import Seen
@@ -269,7 +270,7 @@ def sharding_of(work: Workdir, facts: Sequence[dict[str, Any]]) -> Sharding:
         rows_per_shard=data.rows_per_shard,
         copies=mixture.copies(
             rows_of(facts, "train"),
-            weights=mixture.parse_weights(data.weights),
+            weights=numbers_by_name("data.weights", data.weights),
             temperature=data.temperature,
             cap=data.cap,
         ),

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from distil_jax import learners, sharding, variants
+from distil_jax.config import numbers_by_name
 from distil_jax.data import scores
 from distil_jax.errors import UserError, nearest
 from distil_jax.losses import attention, conditional
@@ -19,7 +20,7 @@ from distil_jax.losses.kd import PlacedTable, place, rows_of
 from distil_jax.losses.rivals import KINDS, RIVALS, Rival
 from distil_jax.losses.schedules import schedule
 from distil_jax.losses.vocabulary import Shards
-from distil_jax.losses.weights import dro_update, parse_weights, specialty_weights
+from distil_jax.losses.weights import dro_update, specialty_weights
 from distil_jax.objective import POSITIONS, Alignment, Frozen, Objective
 from distil_jax.projection import Projection
 from distil_jax.step import Reweigh
@@ -167,7 +168,7 @@ def alignment_of(o: ConfigDict, student: Any, teacher: Any, steps: int) -> Align
 
 def weights_of(o: ConfigDict, corpus: dict[str, Any]) -> np.ndarray:
     """The weight of each specialty of the corpus, [S]."""
-    given = parse_weights(o.specialty_weights)
+    given = numbers_by_name("objective.specialty_weights", o.specialty_weights)
     return specialty_weights(o.specialty_weighting, given, corpus["specialties"], corpus["supervised_tokens"])
 
 

@@ -249,17 +249,27 @@ def test_benchmarks_are_read_in_their_schemas(tmp_path):
     assert read["medqa"] == Item("medqa", "1", "q3", ("a", "b"), "b")
     assert read["pubmedqa"][:3] == ("pubmedqa", "7", "q4")
     own = tmp_path / "own.jsonl"
-    own.write_text(json.dumps({"question": "q5", "options": ["x", "y"], "answer": "y"}) + "\n\n")
+    own.write_text(json.dumps({"question": "q5", "options": ["x", "y"], "answer": "y"}) + "\n")
     assert contamination.read_items(own) == [Item("own", "1", "q5", ("x", "y"), "y")]
     own.write_text(json.dumps({"qestion": "q5"}) + "\n")
     with pytest.raises(UserError, match=r"own.jsonl: no column 'question' \(did you mean 'qestion'"):
         contamination.read_items(own)
-    for bad, said in (("gone.jsonl", "does not exist"), ("x.txt", "takes .parquet, .jsonl and .csv")):
+    for bad, said in (("gone.jsonl", "does not exist"), ("x.txt", "takes .jsonl, .json, .csv, .parquet")):
         with pytest.raises(UserError, match=said):
             contamination.read_items(tmp_path / bad)
-    own.write_text("{")
-    with pytest.raises(UserError, match="own.jsonl cannot be read"):
-        contamination.read_items(own)
+    for line, said in (
+        ("{", "own.jsonl cannot be read, row 2: malformed JSON"),
+        ('{"question": ""}', "row 2: the question is empty"),
+    ):
+        own.write_text(json.dumps({"question": "q5"}) + "\n" + line)
+        with pytest.raises(UserError, match=said):
+            contamination.read_items(own)
+    table = tmp_path / "table.csv"
+    table.write_text('question,choices,answer\nq6,"[""x"", ""y""]",1\n')
+    assert contamination.read_items(table) == [Item("table", "2", "q6", ("x", "y"), "y")]
+    table.write_text("question,choices,answer\nq6,x or y,1\n")
+    with pytest.raises(UserError, match="row 2: its choices are no JSON"):
+        contamination.read_items(table)
 
 
 # ---- personal data ---------------------------------------------------------------------------------------------------
@@ -350,5 +360,7 @@ def test_a_cleaner_does_each_thing_once_and_says_so():
     assert len(made) == 5 and np.array_equal(made[3], made[4]), "the order of choices says nothing"
     refused = [{"file": "s", "row": "r1", "reason": CONTAMINATED, "detail": outcomes[1].detail}]
     assert contamination.report(refused)["s"]["bench"]["rows"] == 1
+    talk = ({"role": "user", "content": "\u200b"}, {"role": "assistant", "content": "Yes."})
+    assert RowCleaner()([row(8, "", "Yes.", messages=talk)]).outcomes[0].reason == "empty text"
     untouched = RowCleaner(mend=False, prints=False, personal="keep")(rows)
     assert untouched.outcomes == rows and untouched.prints is None

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from distil_jax import sharding
+from distil_jax.config import numbers_by_name
 from distil_jax.errors import UserError
 from distil_jax.losses.kd import ProjectionRows, ProjectionTable, place, rows_of
 from distil_jax.losses.schedules import learning_rate, schedule
 from distil_jax.losses.vocabulary import Shards
-from distil_jax.losses.weights import parse_weights, specialty_weights
+from distil_jax.losses.weights import specialty_weights
 from distil_jax.models import hub
 from distil_jax.objective import Frozen, Loss, Objective
 from distil_jax.step import init_state, make_optimizer, make_step
@@ -243,7 +244,9 @@ def test_schedules():
 
 def test_specialty_weights_have_mean_one_over_tokens_and_name_what_they_do_not_know():
     names, tokens = ["cardiology", "radiology", "skin"], [100, 300, 600]
-    given = specialty_weights("given", parse_weights("cardiology=1.2, radiology=0.5"), names, tokens)
+    given = specialty_weights(
+        "given", numbers_by_name("objective.specialty_weights", "cardiology=1.2, radiology=0.5"), names, tokens
+    )
     assert given @ tokens / 1000 == pytest.approx(1)
     assert given[0] / given[2] == pytest.approx(1.2)
     rare = specialty_weights("inverse_frequency", {}, names, tokens)
@@ -252,7 +255,7 @@ def test_specialty_weights_have_mean_one_over_tokens_and_name_what_they_do_not_k
     with pytest.raises(UserError, match="did you mean 'cardiology'"):
         specialty_weights("given", {"cardiologi": 1.0}, names, tokens)
     with pytest.raises(UserError, match="NAME=NUMBER"):
-        parse_weights("cardiology")
+        numbers_by_name("objective.specialty_weights", "cardiology")
     with pytest.raises(UserError, match="weight 0"):
         specialty_weights("given", dict.fromkeys(names, 0.0), names, tokens)
     with pytest.raises(UserError, match="inverse_frequency"):

@@ -16,7 +16,7 @@ import pytest
 from test_reading import CASES, UNLABELLED, put
 
 from distil_jax import gather, prepare, shard
-from distil_jax.config import load_config
+from distil_jax.config import load_config, numbers_by_name
 from distil_jax.data import blocks, mixture, pool
 from distil_jax.data.cleaner import Cleaned
 from distil_jax.data.loader import Loader
@@ -292,10 +292,10 @@ def test_copies_follow_weights_temperature_and_cap():
 
 
 def test_weights_are_read_or_refused():
-    assert mixture.parse_weights(" a=2, b=0.25 ,") == {"a": 2.0, "b": 0.25}
+    assert numbers_by_name("data.weights", " a=2, b=0.25 ,") == {"a": 2.0, "b": 0.25}
     for text in ("a", "a=x", "a=-1", "a=inf", "a=nan"):
         with pytest.raises(UserError, match="config.data.weights"):
-            mixture.parse_weights(text)
+            numbers_by_name("data.weights", text)
 
 
 def test_the_rows_of_a_share_are_the_same_everywhere():

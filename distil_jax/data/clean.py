@@ -31,7 +31,7 @@ _LATIN = "\u03ff"  # the last of the Latin and Greek letters
 
 
 class Limits(NamedTuple):
-    """Characters of prompt and completion together, and of the completion alone."""
+    """shortest: characters of the completion; longest: of prompt and completion together; english: refuse others."""
 
     shortest: int = 1
     longest: int = 200_000

@@ -70,6 +70,8 @@ class RowCleaner:
             mended = _rewritten(row, clean.repaired)
             counts["mended"] += int(mended is not row and mended != row)
             row = mended
+            if not all(message["content"].strip() for message in row.messages):
+                return Refusal(row.source, row.id, "empty text", "nothing is left of a message")
             if refused := clean.refusal(row.prompt, row.completion, self.limits):
                 return Refusal(row.source, row.id, *refused)
         return row if self.personal == "keep" else self._without_personal(row, counts)

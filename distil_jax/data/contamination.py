@@ -7,7 +7,6 @@ that stand in more than 50 questions are their form; they make no question a can
 form cost nothing.
 """
 
-import csv
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from distil_jax.data.adapters import LETTERS
+from distil_jax.data.formats import READERS
 from distil_jax.data.words import hashes, runs, words_of
 from distil_jax.errors import UserError, nearest
 
@@ -136,42 +136,37 @@ def read_items(path: str | Path) -> list[Item]:
     """The questions of a .parquet, .jsonl or .csv file in the schema of MMLU, MedMCQA, MedQA or PubMedQA, or with a
     `question` and, optionally, `options` (a list) and `answer` (its text). Raises UserError that names the file."""
     path = Path(path)
-    records = _records(path)
-    if not records:
-        raise UserError(f"{path} has no question: give a file with one benchmark item a row, or leave it out")
-    columns = list(records[0])
-    if "question" not in columns:
-        raise UserError(
-            f"{path}: no column 'question'{nearest('question', columns)}; it has {', '.join(map(str, columns))}"
-        )
-    schema = next(name for name, wanted in _SCHEMAS.items() if set(wanted) <= set(columns))
-    return [_item(path.stem, schema, n, record) for n, record in enumerate(records, 1) if record.get("question")]
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    if path.suffix not in (".parquet", ".jsonl", ".csv"):
-        raise UserError(f"{path}: config.data.benchmarks takes .parquet, .jsonl and .csv")
+    if path.suffix.lower() not in READERS:
+        raise UserError(f"{path}: config.data.benchmarks takes {', '.join(READERS)}")
     if not path.is_file():
         raise UserError(f"{path} does not exist; check config.data.benchmarks")
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet as pq
-
-            return pq.read_table(path).to_pylist()
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return (
-                list(csv.DictReader(file))
-                if path.suffix == ".csv"
-                else [json.loads(line) for line in file if line.strip()]
-            )
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}); copy or write it again") from error
+    columns, records = READERS[path.suffix.lower()](path, _Strict())
+    if "question" not in columns:
+        has = ", ".join(columns) or "no rows"
+        raise UserError(f"{path}: no column 'question'{nearest('question', columns)}; it has {has}")
+    schema = next(name for name, wanted in _SCHEMAS.items() if set(wanted) <= set(columns))
+    return [_item(path, schema, number, record) for number, record in records]
 
 
-def _item(benchmark: str, schema: str, number: int, record: Mapping[str, Any]) -> Item:
+class _Strict:
+    """Takes the place of a quarantine: a benchmark of which a line is lost would let that question through."""
+
+    def add(self, file: str | Path, row: int | str, reason: str, detail: str = "") -> None:
+        raise UserError(f"{file} cannot be read, row {row}: {reason}: {detail}; copy or write it again")
+
+
+def _item(path: Path, schema: str, number: int, record: Mapping[str, Any]) -> Item:
+    question = record.get("question")
+    if not isinstance(question, str) or not question.strip():
+        raise UserError(f"{path}, row {number}: the question is empty or no text; mend the row or take it out")
     options: Any = record.get("choices") if schema == "MMLU" else record.get("options")
     if schema == "MedMCQA":
         options = [record[f"op{letter}"] for letter in "abcd"]
+    if isinstance(options, str):  # of a CSV file
+        try:
+            options = json.loads(options)
+        except ValueError as error:
+            raise UserError(f"{path}, row {number}: its choices are no JSON ({error})") from error
     letters = list(LETTERS)
     if isinstance(options, Mapping):
         letters, options = list(options), list(options.values())
@@ -179,7 +174,8 @@ def _item(benchmark: str, schema: str, number: int, record: Mapping[str, Any]) -
     right = record.get({"MMLU": "answer", "MedMCQA": "cop", "MedQA": "answer_idx"}.get(schema, "answer"))
     if isinstance(right, str) and right in letters[: len(options)]:
         right = letters.index(right)
+    elif isinstance(right, str) and right.isdigit() and options:
+        right = int(right)  # of a CSV file
     answer = options[right] if isinstance(right, int) and 0 <= right < len(options) else str(right or "")
-    return Item(
-        benchmark, str(record.get("id") or record.get("pubid") or number), str(record["question"]), options, answer
-    )
+    name = str(record.get("id") or record.get("pubid") or number)
+    return Item(path.stem.replace(" ", "_"), name, question, options, answer)

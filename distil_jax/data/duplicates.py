@@ -51,7 +51,8 @@ def prints(texts: Sequence[tuple[str, list[str]]]) -> Prints:
 class Seen:
     """The texts so far. First come stays: a text that repeats one of them is not remembered itself.
 
-    Takes about 300 bytes a text that stays: its print, and each band's key with the text's number, sorted.
+    Takes 290 bytes a text that stays, its print, and each band's key with the text's number, sorted; while the array of
+    prints grows, twice its part of that.
     """
 
     def __init__(self, near: bool = True):

@@ -10,20 +10,6 @@ from distil_jax.data.rows import stable_fraction
 from distil_jax.errors import UserError, nearest
 
 
-def parse_weights(text: str) -> dict[str, float]:
-    """ "medmcqa=2, cord19=0.25" as {"medmcqa": 2.0, "cord19": 0.25}. Raises UserError for what is no such list."""
-    weights: dict[str, float] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, _, number = part.partition("=")
-        try:
-            weights[name.strip()] = float(number)
-        except ValueError:
-            raise UserError(f"config.data.weights has {part!r}: write source=number, separated by commas") from None
-        if not 0 <= weights[name.strip()] < float("inf"):
-            raise UserError(f"config.data.weights gives {name.strip()!r} the weight {number}: it is 0 or more")
-    return weights
-
-
 def copies(
     rows: Mapping[str, int], *, weights: Mapping[str, float], temperature: float = 1.0, cap: int = 0, most: float = 4.0
 ) -> dict[str, float]:

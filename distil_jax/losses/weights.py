@@ -61,19 +61,3 @@ def dro_update(
     loss_S = jnp.where(counts_S > 0, sums_S / jnp.maximum(counts_S, 1), mean)
     moved_S = log_weights_S + rate * loss_S
     return moved_S - jax.nn.logsumexp(moved_S, b=jnp.asarray(share_S, jnp.float32))
-
-
-def parse_weights(text: str) -> dict[str, float]:
-    """`"cardiology=1.2,radiology=1.0"` as a dict. Raises UserError naming the part that is no name and number."""
-    weights = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        name, _, number = part.rpartition("=")
-        try:
-            weights[name.strip()] = float(number)
-        except ValueError:
-            name = ""
-        if not name:
-            raise UserError(
-                f"objective.specialty_weights: {part!r} is not NAME=NUMBER, as in cardiology=1.2,radiology=1.0"
-            )
-    return weights
