@@ -19,14 +19,8 @@ from distil_jax.tables import gain, models_of
 def main(arguments: Sequence[str]) -> None:
     config, folder, results = run_all(arguments, f"{TINY}:ablation", "work/ablation")
     given_weights = [config.variants[run].get("specialty_weights", "") for run in config.variants]
-    text = table(
-        results,
-        list(
-            dict.fromkeys(
-                name for weights in given_weights for name in numbers_by_name("objective.specialty_weights", weights)
-            )
-        ),
-    )
+    named = (numbers_by_name("objective.specialty_weights", weights) for weights in given_weights)
+    text = table(results, list(dict.fromkeys(name for numbers in named for name in numbers)))
     (folder / "ablation.md").write_text(text, encoding="utf-8")
     print(text, end="")
 
