@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # of the order of the data, and of the fit of W
     c.workdir = "work/gemma270m_smollm135m"  # everything a run writes, about 15 GB
-    c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: whatever the other axes leave
+    c.mesh = "data:-1"  # "slices:2,data:1,fsdp:4,tensor:2" over all chips (docs/scale.md); -1: what the others leave
 
     c.data = ConfigDict()
     c.data.files = ""  # your JSONL, Parquet or CSV files, separated by commas; empty: the Human Phenotype Ontology

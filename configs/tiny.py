@@ -45,7 +45,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.seed = 0  # of initial weights and of the order of the data
     # Everything a run writes: work/tiny, or work/ and the arguments.
     c.workdir = "work/" + ("_".join(part for part in ARGUMENTS if part in chosen) or "tiny")
-    c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: whatever the other axes leave
+    c.mesh = "data:-1"  # "slices:2,data:1,fsdp:4,tensor:2" over all chips (docs/scale.md); -1: what the others leave
 
     c.data = ConfigDict()
     c.data.files = ""  # your JSONL, Parquet or CSV files, separated by commas; empty: the Human Phenotype Ontology

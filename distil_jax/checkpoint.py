@@ -20,12 +20,11 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
+from distil_jax import hosts
 from distil_jax.errors import UserError
-from distil_jax.metrics import is_first_process
 
 _SEAL = "whole.json"
 _UNFINISHED = ".orbax-checkpoint-tmp"
@@ -133,20 +132,19 @@ class Checkpoints:
 
     def _move_aside(self, step: int) -> None:
         """Keeps a damaged checkpoint for a look at it, out of the way of the steps that will be saved again."""
-        if is_first_process():
+        if hosts.is_first_process():
             aside = self.directory / f"damaged-{step}"
             if aside.exists():
                 aside.rmtree()
             (self.directory / str(step)).rename(aside)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"damaged checkpoint {step}")
+        hosts.barrier(f"damaged checkpoint {step}")
         self._orbax.reload()
 
     def wait(self) -> None:
         """Until the save under way is on disk. Raises what went wrong with it."""
         step, self._unsealed = self._unsealed, None
         self._orbax.wait()
-        if step is not None and is_first_process():
+        if step is not None and hosts.is_first_process():
             _seal(self.directory / str(step))
 
     def close(self) -> None:
@@ -266,5 +264,5 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _warn(message: str) -> None:
-    if is_first_process():
+    if hosts.is_first_process():
         print(f"warning: {message}", file=sys.stderr, flush=True)

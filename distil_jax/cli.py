@@ -3,7 +3,7 @@
     distil-jax COMMAND --config configs/NAME.py[:args] [--config.key=value ...]
 
 Exit status: 0 done; 1 the program failed (its traceback is shown) or `doctor` found a fault; 2 something for the user
-to mend, said in one line; 130 interrupted. `DISTIL_JAX_DEBUG=1` shows the traceback behind every line.
+to mend, said in one line; others as errors.py lists them. `DISTIL_JAX_DEBUG=1` shows the traceback behind every line.
 """
 
 import ast
@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import distil_jax
-from distil_jax.errors import UserError, nearest
+from distil_jax import hosts
+from distil_jax.errors import FAILED, HOST_LOST, INPUT, INTERRUPTED, OUT_OF_MEMORY, UserError, nearest
 
 # Command -> what runs, imported when it does, and the line of --help. In the order of a run.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -44,6 +45,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 _CONFIG_OPTIONAL = ("doctor",)
 _OWN_ARGUMENTS = ("data", "inspect", "generate")  # beside a config; generate works without one too, data takes none
+# In the errors of collectives and of the coordination service when a process of the run has ended.
+_OF_ANOTHER_HOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Gloo",
+    "coordination service",
+    "UNAVAILABLE:",
+)
 _STILL_USABLE = (
     "finished stages and the last whole checkpoint are still usable: free some space and give the same command again"
 )
@@ -74,6 +83,7 @@ def _dispatch(command: str, argv: list[str]) -> int:
         raise UserError(f"no command {command!r}{nearest(command, COMMANDS)}; there are {', '.join(COMMANDS)}")
     module, function = COMMANDS[command][0].split(":")
     use_compilation_cache()
+    hosts.start()
     # transformers serves tokenizers here; that it finds no torch for its models is no news.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     main_fn = getattr(importlib.import_module(module), function)
@@ -92,6 +102,7 @@ def _run_stage(main_fn: Callable[[Any], Any], program: str, argv: list[str], *, 
         print(_stage_help(main_fn, program, config_argument(argv)))
         return 0
     use_compilation_cache()
+    hosts.start()
     if config_optional and not argv:
         config = None
     else:
@@ -103,25 +114,44 @@ def _run_stage(main_fn: Callable[[Any], Any], program: str, argv: list[str], *, 
 
 
 def _guarded(action: Callable[[], int]) -> int:
-    """Runs; what the user can mend becomes one line on standard error."""
+    """Runs; what the user can mend becomes one line on standard error. In a run of several processes one that fails
+    ends at once and takes the others with it."""
     debug = os.environ.get("DISTIL_JAX_DEBUG", "") not in ("", "0")
     try:
         return action()
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last whole checkpoint", file=sys.stderr)
-        return 130
+        hosts.failed(INTERRUPTED, "interrupted")
+        return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output (`| head`) has left. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        line = _disk_full(error) or (str(error) if isinstance(error, UserError) else None)
-        if line is None:
-            raise
-        if debug:
+        status, line = _told(error)
+        if line is None or debug:
             traceback.print_exc()
-        print("error: " + " ".join(line.split("\n")), file=sys.stderr)
-        return 2
+        if line is not None:
+            print("error: " + " ".join(line.split("\n")), file=sys.stderr)
+        hosts.failed(status, line or repr(error))
+        return status
+
+
+def _told(error: Exception) -> tuple[int, str | None]:
+    """(exit status, what to say of the error; None where only its traceback will do)."""
+    if isinstance(error, UserError):
+        return error.status, str(error)
+    if full := _disk_full(error):
+        return INPUT, full
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return OUT_OF_MEMORY, (
+            f"out of memory ({str(error).splitlines()[0][:300]}): raise training.accumulate or training.remat, lower "
+            "training.batch_size, objective.block or the lengths of the data, or spread over more devices by "
+            "config.mesh; `distil-jax compile` says what fits"
+        )
+    if hosts.count() > 1 and any(sign in str(error) for sign in _OF_ANOTHER_HOST):
+        return HOST_LOST, f"another host is gone ({str(error).splitlines()[0][:300]})"
+    return FAILED, None
 
 
 def _disk_full(error: BaseException) -> str | None:

@@ -20,11 +20,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import distil_jax
-from distil_jax import duties, learners, licences, manifest, readback
+from distil_jax import duties, hosts, learners, licences, manifest, readback
 from distil_jax.card import card
 from distil_jax.duties import Duties
 from distil_jax.errors import UserError
-from distil_jax.metrics import is_first_process
 from distil_jax.models import hub
 from distil_jax.push import push
 from distil_jax.tokens.bytes import ByteTable
@@ -37,7 +36,7 @@ def main(config: ConfigDict) -> dict[str, Any]:
     """Exports the student unless that is done, says what came of it, and pushes it if config.export.push_to says where;
     returns the manifest."""
     facts = make(config)
-    if is_first_process():
+    if hosts.is_first_process():
         print(describe(facts), flush=True)
     publish(config, facts)
     return facts
@@ -122,7 +121,7 @@ def export_model(
     """
     target = Path(directory).absolute()
     partial = target.with_name(f".{target.name}.partial")
-    first = is_first_process()
+    first = hosts.is_first_process()
     readback.check_finite(params, dtype)
     try:
         if first:
@@ -139,6 +138,7 @@ def export_model(
             (partial / "README.md").write_text(write_card(checks), encoding="utf-8")
             _flush(partial)
             manifest.replace_folder(partial, target)
+        hosts.barrier(f"exported {target}")
     except BaseException:
         if first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -181,7 +181,7 @@ def publish(config: ConfigDict, facts: Mapping[str, Any]) -> str | None:
     Raises UserError, one line, if it may not be published or the hub does not take it. The export stays.
     """
     repo, private = config.export.push_to, config.export.private
-    if not repo or not is_first_process():
+    if not repo or not hosts.is_first_process():
         return None
     duties_of(config).check_name(repo.rpartition("/")[2], "config.export.push_to")
     url = push(Path(facts["path"]), repo, private=private, missing=facts["missing"])

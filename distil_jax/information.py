@@ -27,6 +27,7 @@ from distil_jax.errors import UserError
 from distil_jax.eval import bootstrap
 from distil_jax.losses import stored
 from distil_jax.losses.kd import ProjectionTable, project, teacher_logits
+from distil_jax.sharding import to_host
 from distil_jax.tokens.align import CLASSES
 from distil_jax.tokens.bytes import ByteTable
 
@@ -204,7 +205,7 @@ def _blocks(block: int, *arrays: np.ndarray):
 
 
 def _joined(parts: list[dict[str, Any]], name: str, count: int) -> np.ndarray:
-    return np.concatenate([np.asarray(part[name], np.float64) for part in parts])[:count]
+    return np.concatenate([to_host(part[name]).astype(np.float64) for part in parts])[:count]
 
 
 def _mean(sum_of: Any, hidden_NxDt: np.ndarray, unembedding: Any, mapped: Any, block: int) -> jax.Array:
@@ -214,7 +215,7 @@ def _mean(sum_of: Any, hidden_NxDt: np.ndarray, unembedding: Any, mapped: Any, b
         raise UserError("no shared boundary to measure the projection at: is the held-out split empty?")
     for n, (hidden,) in enumerate(_blocks(block, hidden_NxDt)):
         real = n * block + np.arange(block) < N
-        total = total + np.asarray(sum_of(hidden, np.float32(real), unembedding, mapped), np.float64)
+        total = total + to_host(sum_of(hidden, np.float32(real), unembedding, mapped)).astype(np.float64)
     return jnp.asarray(total / N, jnp.float32)
 
 

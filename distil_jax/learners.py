@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from distil_jax import freezing, lora, sharding
+from distil_jax import freezing, hosts, lora, sharding
 from distil_jax.errors import UserError
 from distil_jax.models import hub
 from distil_jax.models.decoder import REMAT
@@ -23,7 +23,16 @@ SEED_OF = {"teacher": 1, "student": 2, "adapter": 3, "alignment": 4, "map": 5}
 
 def mesh_of(config: ConfigDict, devices: list[Any] | None = None) -> Mesh:
     """The mesh that config.mesh asks for, of all devices or of these."""
-    return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    return sharding.mesh_of(config.mesh, devices)
+
+
+def mesh_of_this_process(config: ConfigDict) -> Mesh:
+    """A mesh of this process's devices, for work that processes share out among them: what config.mesh asks for if it
+    is alone, else with parameters over all of its devices if config.mesh cuts them at all."""
+    if hosts.count() == 1:
+        return mesh_of(config)
+    cut = any(axis in config.mesh for axis in ("fsdp", "tensor"))
+    return sharding.mesh_of("fsdp:-1" if cut else "data:-1", jax.local_devices())
 
 
 def tokenizer_directory(work: Workdir, side: str) -> Path:

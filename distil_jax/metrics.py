@@ -15,17 +15,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from distil_jax.errors import UserError
+from distil_jax.hosts import is_first_process
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-
-
-def is_first_process() -> bool:
-    """True in a run of one process and in the first of several. Starts no device in a run of one."""
-    if "jax" not in sys.modules:
-        return True
-    import jax
-
-    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 class MetricsWriter:

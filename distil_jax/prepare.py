@@ -16,10 +16,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
-from distil_jax import learners, shard
+from distil_jax import hosts, learners, shard
 from distil_jax.config import numbers_by_name
 from distil_jax.data import blocks, catalogue, contamination, files, frequencies, hpo, mixture, reading
 from distil_jax.data.cleaner import CONTAMINATED, PERSONAL, RowCleaner
@@ -29,7 +28,6 @@ from distil_jax.data.rows import SPLITS, Row, as_conversation
 from distil_jax.data.train_tokenizers import train_gemma_style, train_llama_style
 from distil_jax.errors import UserError, nearest
 from distil_jax.gather import Refusals, gather, rows_of, total
-from distil_jax.metrics import is_first_process
 from distil_jax.models import hub
 from distil_jax.shard import Sharding
 from distil_jax.workdir import Workdir, files_of, names_of
@@ -46,8 +44,7 @@ _POLL = 1.0  # seconds between two looks at what another host has done
 
 def main(config: ConfigDict) -> dict[str, Any]:
     """Makes the corpus unless it is there already; returns its manifest."""
-    several = jax.distributed.is_initialized()
-    return prepare(config, *((jax.process_index(), jax.process_count()) if several else (0, 1)))
+    return prepare(config, hosts.index(), hosts.count())
 
 
 def prepare(config: ConfigDict, process_index: int, process_count: int) -> dict[str, Any]:
@@ -64,7 +61,7 @@ def prepare(config: ConfigDict, process_index: int, process_count: int) -> dict[
             return found
         facts = blocks.facts(folder / "rows")
     else:
-        stage = work.begin("corpus")
+        stage = work.begin("corpus", together=False)
         read_rows, provenance = rows_to_read(config)
         duplicates = config.data.duplicates
         facts = gather(
@@ -108,7 +105,7 @@ def prepare(config: ConfigDict, process_index: int, process_count: int) -> dict[
         **made,
     )
     shutil.rmtree(folder / "parts")
-    if is_first_process():
+    if hosts.is_first_process():
         print(describe(corpus), flush=True)
     return corpus
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from distil_jax import information, learners, sharding
+from distil_jax import hosts, information, learners, sharding
 from distil_jax.data.loader import Loader
 from distil_jax.losses.kd import teacher_logits
 from distil_jax.projection import Projection
@@ -56,7 +56,8 @@ def main(config: ConfigDict) -> dict[str, Any]:
             ids, probs, fitting["student"], unigram_Vs=unigram, steps=c.fit_steps, learning_rate=c.fit_learning_rate,
             keep=c.fit_keep, seed=config.seed,
         )  # fmt: skip
-        fitted.save(stage.folder)
+        if hosts.is_first_process():
+            fitted.save(stage.folder)
 
         # Measured on held-out text: from bytes alone, with counts, fitted, and shuffled, which must be worse.
         held_out = gather(hidden_of, params, loader("test").sweep(rows=config.evaluation.rows), mesh)
@@ -126,7 +127,7 @@ def gather(hidden_of: Any, params: Any, batches: Iterable[dict[str, np.ndarray]]
     """`boundary_pairs` of all batches, with the teacher state that predicts each, as "hidden" [n, Dt] float32."""
     parts = []
     for batch in batches:
-        hidden = np.asarray(hidden_of(params, sharding.put_batch(batch, mesh)).astype(jnp.float32))
+        hidden = sharding.to_host(hidden_of(params, sharding.put_batch(batch, mesh)).astype(jnp.float32))
         pairs = boundary_pairs(batch)
         parts.append(pairs | {"hidden": hidden[pairs["row"], pairs["at"]]})
     return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
@@ -146,8 +147,8 @@ def top(unembedding: jax.Array, W: Projection, hidden_NxDt: np.ndarray, k: int) 
     for at in range(0, len(hidden_NxDt), size):
         part = hidden_NxDt[at : at + size]
         i, p = block(np.pad(part, ((0, size - len(part)), (0, 0))), unembedding)
-        ids.append(np.asarray(i)[: len(part)])
-        probs.append(np.asarray(p)[: len(part)])
+        ids.append(sharding.to_host(i)[: len(part)])
+        probs.append(sharding.to_host(p)[: len(part)])
     return np.concatenate(ids), np.concatenate(probs)
 
 

@@ -145,8 +145,8 @@ def check_rival(o: ConfigDict, scores_mode: str, mesh: Mesh) -> None:
         )
     if Shards.of(mesh).size > 1:
         raise UserError(
-            f"objective.kind={o.kind} has both vocabularies whole on each device, and mesh.fsdp and mesh.tensor spread "
-            "them: set both to 1, or objective.kind=projected"
+            f"objective.kind={o.kind} has both vocabularies whole on each device, and fsdp and tensor of config.mesh "
+            "spread them: leave both out of it, or set objective.kind=projected"
         )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import distil_jax
-from distil_jax import learners
+from distil_jax import hosts, learners
 from distil_jax.errors import UserError
 from distil_jax.generation import generate
 from distil_jax.generation.text import Prompt
@@ -38,8 +38,9 @@ def main(config: ConfigDict) -> dict[str, Any]:
     stage = work.begin("report")
     answers = sample_answers(config, work)
     summary = summarise(config, work)
-    (stage.folder / "index.html").write_text(page(config, work, summary, answers), encoding="utf-8")
-    write_json_atomic(work / SUMMARY, summary)
+    if hosts.is_first_process():
+        (stage.folder / "index.html").write_text(page(config, work, summary, answers), encoding="utf-8")
+        write_json_atomic(work / SUMMARY, summary)
     return stage.finish(answers=answers)
 
 

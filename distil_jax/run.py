@@ -11,9 +11,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from distil_jax import evaluate, export, prepare, project, report, score, train, variants
+from distil_jax import evaluate, export, hosts, prepare, project, report, score, train, variants
 from distil_jax.data import scores
-from distil_jax.metrics import is_first_process
 from distil_jax.workdir import Workdir
 
 
@@ -38,7 +37,7 @@ def main(config: ConfigDict) -> dict[str, Any]:
         if not done:
             say(f"[{number}/{len(stages)}] {name}: {time.monotonic() - started:.1f} s")
     summary = report.read_summary(work)
-    if is_first_process():
+    if hosts.is_first_process():
         report.print_table(summary)
         print(f"\nreport: {work / 'report' / 'index.html'}\n{export.describe(work.require('export'))}", flush=True)
     export.publish(config, work.require("export"))
@@ -47,7 +46,7 @@ def main(config: ConfigDict) -> dict[str, Any]:
 
 def say(line: str) -> None:
     """A line to the person who waits, from the first process."""
-    if is_first_process():
+    if hosts.is_first_process():
         print(line, flush=True)
 
 

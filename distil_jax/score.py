@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental.multihost_utils import sync_global_devices
 from ml_collections import ConfigDict
 
-from distil_jax import learners
+from distil_jax import hosts, learners
 from distil_jax.data import scores
 from distil_jax.data.loader import Loader, write_file
 from distil_jax.losses.stored import LARGEST_CODE
@@ -36,15 +35,10 @@ def main(config: ConfigDict) -> dict[str, Any]:
         return found
     scores.check(config)
     work.require("corpus")
-    if jax.process_index() == 0:
-        work.begin("scores")  # may remove what another config left, so before anyone writes
-    sync_global_devices("scores: begun")
     stage = work.begin("scores")
-    score_files(config, work, stage, jax.process_index(), jax.process_count())
-    sync_global_devices("scores: written")
-    if jax.process_index() == 0:
-        finish(config, work, stage)
-    sync_global_devices("scores: finished")
+    score_files(config, work, stage, hosts.index(), hosts.count())
+    hosts.barrier("scores written")
+    finish(config, work, stage)
     return work.require("scores")
 
 
@@ -59,7 +53,7 @@ def score_files(config: ConfigDict, work: Workdir, stage: Stage, process_index: 
         there = f"{len(mine) - len(missing)} of {len(mine)} files are there already"
         print(f"scores: {there}; going on with {missing[0]['name']}", file=sys.stderr)
     rows = scores.total(mine, "records")
-    mesh = learners.mesh_of(config, jax.local_devices())  # its files are its own, so its mesh is too
+    mesh = learners.mesh_of_this_process(config)  # its files are its own, so its mesh is too
     with jax.set_mesh(mesh), Progress(rows, "score", start=rows - scores.total(missing, "records")) as progress:
         scorer = Scorer(config, work, mesh)
         for shard in missing:

@@ -1,7 +1,9 @@
 """The mesh and where arrays lie on it.
 
 Three axes: `data` (whole copies of the model, different rows), `fsdp` (rows differ, parameters are cut), `tensor`
-(the same rows, parameters are cut). A parameter states its logical axes; `Rules` says which mesh axis cuts each.
+(the same rows, parameters are cut). Slices of a TPU pod that only a data-centre network joins are the outermost part of
+`data`, so that no parameter is cut across it. A parameter states its logical axes; `Rules` says which mesh axis cuts
+each.
 """
 
 from dataclasses import dataclass
@@ -9,6 +11,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from distil_jax.errors import UserError
@@ -30,12 +34,45 @@ class Rules:
     mlp: str | None = "tensor"
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[Any] | None = None) -> Mesh:
-    """A mesh over all devices. One axis may be -1: it takes what the others leave.
+def mesh_of(text: str, devices: list[Any] | None = None) -> Mesh:
+    """The mesh that config.mesh describes, as "data:2,fsdp:4" or "slices:2,fsdp:16", over all devices or these.
 
-    Raises UserError if the axes do not multiply to the number of devices.
+    An axis that is not named has one device, but for data: it takes what the others leave.
+    Raises UserError for anything else, and for a mesh that does not fit the devices.
     """
-    devices = jax.devices() if devices is None else devices
+    sizes: dict[str, int] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, size = part.partition(":")
+        if name not in ("slices", *AXES) or name in sizes or not size.lstrip("-").isdigit():
+            raise UserError(
+                f"config.mesh={text!r}: {part!r} is not one of slices, data, fsdp and tensor with a size, each once, as in "
+                '"data:2,fsdp:4,tensor:2"'
+            )
+        sizes[name] = int(size)
+    slices = sizes.pop("slices", 1)
+    if -1 not in sizes.values():
+        sizes.setdefault("data", -1)
+    return make_mesh(**{"data": 1} | sizes, slices=slices, devices=devices)
+
+
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, *, slices: int = 1, devices: list[Any] | None = None
+) -> Mesh:
+    """A mesh over all devices, `slices` x data x fsdp x tensor. One axis may be -1: it takes what the others leave.
+
+    Raises UserError if the axes do not multiply to the number of devices, or the devices are not of as many slices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if slices < 1 or len(devices) % slices:
+        raise UserError(f"config.mesh: slices:{slices} does not divide {len(devices)} devices")
+    if slices > 1:
+        of_slice = [[d for d in devices if getattr(d, "slice_index", None) == i] for i in range(slices)]
+        if any(len(one) != len(devices) // slices for one in of_slice):
+            raise UserError(
+                f"config.mesh: slices:{slices}, but the devices do not say that they are of {slices} slices of one size"
+            )
+        meshes = [make_mesh(data, fsdp, tensor, devices=one).devices for one in of_slice]
+        return Mesh(np.concatenate(meshes), AXES, axis_types=(AxisType.Auto,) * 3)
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise UserError(
@@ -88,20 +125,45 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process' rows of a batch, as global arrays over the mesh.
+def places(mesh: Mesh, rows: int) -> np.ndarray:
+    """Which of `rows` rows of a batch lie on devices of this process, ascending.
 
     Raises UserError if the mesh cannot share out the rows.
     """
-    sharding = batch_sharding(mesh)
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = len(next(iter(batch.values()))) * jax.process_count()
     if rows % parts:
         raise UserError(
             f"a batch of {rows} rows does not divide among data x fsdp = {parts}: set the batch_size (training or "
             f"evaluation) to a multiple of {parts}, or config.mesh to fewer devices"
         )
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+    held = {index[0].indices(rows) for index in batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()}
+    return np.unique(np.concatenate([np.arange(*bounds) for bounds in held]))
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, rows: int = 0) -> dict[str, jax.Array]:
+    """A batch as global arrays over the mesh. It has all of its rows, or of `rows` those at `places(mesh, rows)`.
+
+    Raises UserError as `places`.
+    """
+    rows = rows or len(next(iter(batch.values())))
+    here, sharding = places(mesh, rows), batch_sharding(mesh)
+    whole = len(next(iter(batch.values()))) == rows
+
+    def put(values: np.ndarray) -> jax.Array:
+        def shard(index):
+            wanted = np.arange(rows)[index[0]]
+            return values[wanted if whole else np.searchsorted(here, wanted)]
+
+        return jax.make_array_from_callback((rows, *values.shape[1:]), sharding, shard)
+
+    return {name: put(values) for name, values in batch.items()}
+
+
+def to_host(array: Array) -> np.ndarray:
+    """The whole of a global array, on every process; all of them must ask for it."""
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
 
 
 def compiler_options(mesh: Mesh | None) -> dict[str, str]:

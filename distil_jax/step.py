@@ -161,6 +161,7 @@ def make_step(
             "gradient_norm": norm,
             "learning_rate": jnp.asarray(learning_rate(state["step"]), jnp.float32),
             "skipped": skipped,
+            "tokens": jnp.sum(batch[f"{loss.objective.side}_segment_ids"] > 0),
         }
         if reweigh:
             report["weight_by_specialty"] = frozen.specialty_weights_S

@@ -10,7 +10,6 @@ the batch is a function of the seed and the step.
 import dataclasses
 import functools
 import itertools
-import signal
 import sys
 from typing import Any
 
@@ -19,11 +18,11 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from distil_jax import learners, lora, recipe, sharding, variants
+from distil_jax import hosts, learners, lora, recipe, sharding, variants
 from distil_jax.checkpoint import Checkpoints, on_sigterm
 from distil_jax.data import scores
 from distil_jax.data.loader import Loader
-from distil_jax.errors import UserError
+from distil_jax.errors import STOPPED, Diverged
 from distil_jax.eval import likelihood
 from distil_jax.losses.schedules import learning_rate
 from distil_jax.metrics import MetricsWriter, Progress, read_metrics
@@ -85,7 +84,7 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
         stored = scores.Scores(work / "scores", work.require("scores"), shards) if objective.scores else None
         loader = Loader(
             work / "corpus", shards, t.batch_size, config.seed,
-            process_index=jax.process_index(), process_count=jax.process_count(), joined=stored,
+            places=sharding.places(mesh, t.batch_size), joined=stored,
         )  # fmt: skip
         curve = Curve(config, work, corpus, run.side, model, mesh, tables)
         update = make_step(
@@ -93,32 +92,34 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
         )  # fmt: skip
 
         # ---- loop: dispatch step n, then read what step n - 1 reported ----------------------------------------------
+        any_of = hosts.AnyOf(mesh)
         metrics = MetricsWriter(stage.folder / "metrics.jsonl", resume_step=start + 1 if start else 0)
         names = corpus["specialties"]
         with metrics, Progress(t.steps, name, start=start) as progress, on_sigterm() as stop:
             if start == 0:
                 sizes = {"parameters": parameters, "trainable_parameters": trainable}
                 metrics.write(0, **sizes, **curve(whole(state)))
-            pending = None
+            pending, asked, stopping = None, False, False
             for done, batch in enumerate(itertools.islice(loader.iterate(start), t.steps - start), start + 1):
-                tokens = int((batch[f"{run.side}_segment_ids"] > 0).sum())
-                state, report = update(state, frozen, sharding.put_batch(batch, mesh))
+                before, asked = asked, any_of.told(stop.requested)
+                state, report = update(state, frozen, sharding.put_batch(batch, mesh, t.batch_size))
                 if pending:
                     log(metrics, progress, *pending, t, names, stage.folder)
-                pending = (done, report, tokens, batch["document"][batch["student_segment_ids"] > 0])
+                pending, stopping = (done, report, batch["document"][batch["student_segment_ids"] > 0]), bool(before)
                 evaluates = done % t.evaluate_every == 0 or done == t.steps
-                saves = done % t.checkpoint_every == 0 or stop.requested
+                saves = done % t.checkpoint_every == 0 or stopping
                 if evaluates or saves:  # what a checkpoint contains has to be in metrics.jsonl before it
                     log(metrics, progress, *pending, t, names, stage.folder)
                     pending = None
                 if evaluates:
                     metrics.write(done, **curve(whole(state)))
                 if saves:
-                    checkpoints.save(done, state, force=stop.requested)
-                if stop.requested:
+                    checkpoints.save(done, state, force=stopping)
+                if stopping:
                     checkpoints.close()
-                    print(f"{name}: stopped at step {done}, state saved; start it again to go on", file=sys.stderr)
-                    raise SystemExit(128 + signal.SIGTERM)
+                    if hosts.is_first_process():
+                        print(f"{name}: stopped at step {done}, state saved; start it again to go on", file=sys.stderr)
+                    raise SystemExit(STOPPED)
         checkpoints.close()
         params = whole(state)
         if start == t.steps:  # it was finished, but stopped before it could say so
@@ -126,7 +127,8 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
         tokenizer = learners.hf_tokenizer(work, run.side)
         hub.save_pretrained(model, params, stage.folder / "model", tokenizer=tokenizer, dtype="float32")
         if frozen.rows is not None:
-            learned = np.asarray(to_use(state)["projection"])
+            learned = sharding.to_host(to_use(state)["projection"])
+        if frozen.rows is not None and hosts.is_first_process():
             dataclasses.replace(recipe.projection_of(work, tables), logits=learned).save(stage.folder / "projection")
     return stage.finish(
         steps=t.steps,
@@ -173,22 +175,21 @@ class Curve:
         return {"validation_bits_per_byte": self.last}
 
 
-def log(metrics, progress, done, report, tokens, documents, t, specialties, folder) -> None:
+def log(metrics, progress, done, report, documents, t, specialties, folder) -> None:
     """Writes what step `done` reported, every t.log_every steps; stops the run after too many bad updates."""
     skipped = int(report["skipped"])
     if done % t.log_every == 0 or done in (1, t.steps):
         values = {k: np.asarray(v).tolist() for k, v in report.items() if not k.endswith("_by_specialty")}
-        values["tokens"] = tokens
         for prefix in ("ce", "weight"):
             if f"{prefix}_by_specialty" in report:
                 by = np.asarray(report[f"{prefix}_by_specialty"]).tolist()
                 values |= {f"{prefix}/{name}": v for name, v in zip(specialties, by, strict=True) if v > 0}
         metrics.write(done, **values)
     shown = {k: report[k] for k in ("loss", "ce", "kl_at_1", "attention") if k in report}
-    progress.update(done, tokens=tokens, **shown)
+    progress.update(done, tokens=int(report["tokens"]), **shown)
     if skipped > t.max_skipped:
         some = ", ".join(map(str, np.unique(documents)[:20]))
-        raise UserError(
+        raise Diverged(
             f"{folder}: {skipped} updates were not finite, the last by step {done}, whose batch holds documents {some} "
             "of the train split (at most 20 are named). Lower training.learning_rate, or look at "
             "those rows; metrics.jsonl has the history"

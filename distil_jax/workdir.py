@@ -19,7 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import distil_jax
-from distil_jax import manifest, variants
+from distil_jax import hosts, manifest, variants
 from distil_jax.config import config_hash, flatten
 from distil_jax.data import catalogue, reading
 from distil_jax.errors import UserError
@@ -148,15 +148,22 @@ class Workdir:
         mark = self.root / stage / "key"
         return mark.is_file() and mark.read_text() == self.key(stage)
 
-    def begin(self, stage: str) -> "Stage":
+    def begin(self, stage: str, together: bool = True) -> "Stage":
         """Starts a stage in its folder. What a run with another key left there is removed; what this key left (a run
         that was interrupted) stays, to be resumed.
 
+        together: every process of the run begins and finishes it, and the first one writes; False: this one alone.
         Raises UserError if the folder holds something that no stage wrote.
         """
-        folder = self.root / stage
+        folder, key = self.root / stage, self.key(stage)
+        if hosts.is_first_process() or not together:
+            self._clear(folder, key)
+        if together:
+            hosts.barrier(f"{stage} begun")
+        return Stage(folder, key, together)
+
+    def _clear(self, folder: Path, key: str) -> None:
         mark = folder / "key"
-        key = self.key(stage)
         if folder.exists() and any(folder.iterdir()):
             if not mark.is_file():
                 raise UserError(f"{folder} holds files that are not ours: set config.workdir to another folder")
@@ -164,19 +171,21 @@ class Workdir:
                 shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         mark.write_text(key)
-        return Stage(folder, key)
 
 
 class Stage:
     """A stage under way; `finish` writes its manifest, which makes it done."""
 
-    def __init__(self, folder: Path, key: str):
-        self.folder, self.key, self.started = folder, key, time.monotonic()
+    def __init__(self, folder: Path, key: str, together: bool = True):
+        self.folder, self.key, self.together, self.started = folder, key, together, time.monotonic()
 
     def finish(self, **facts: Any) -> dict[str, Any]:
         facts["seconds"] = round(time.monotonic() - self.started, 2)
         facts["peak_memory_bytes"] = peak_memory_bytes()
-        manifest.write(self.folder, self.key, **facts)
+        if hosts.is_first_process() or not self.together:
+            manifest.write(self.folder, self.key, **facts)
+        if self.together:
+            hosts.barrier(f"{self.folder.name} finished")
         return facts | {"key": self.key}
 
 

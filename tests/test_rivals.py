@@ -643,5 +643,5 @@ def test_a_rival_needs_the_teacher_in_memory_and_whole_vocabularies():
     recipe.check_rival(o, "online", sharding.make_mesh(8, 1, 1))
     with pytest.raises(UserError, match="teacher.scores=stored"):
         recipe.check_rival(o, "stored", sharding.make_mesh(8, 1, 1))
-    with pytest.raises(UserError, match="mesh.fsdp"):
+    with pytest.raises(UserError, match="fsdp and tensor"):
         recipe.check_rival(o, "online", sharding.make_mesh(2, 4, 1))

@@ -218,7 +218,7 @@ def test_a_second_run_skips_everything_and_a_changed_key_remakes_only_what_reads
 
 STAGES = ("corpus", "teacher", "projection", "control", "smoothing", "distilled", "hot", "evaluate", "export", "report")
 # Read in training, and no part of what is made: where, on what, beside which other runs, in which pieces it is scored.
-HOW_NOT_WHAT = {"workdir", "mesh.data", "mesh.fsdp", "mesh.tensor", "runs", "export.run", "evaluation.batch_size"}
+HOW_NOT_WHAT = {"workdir", "mesh", "runs", "export.run", "evaluation.batch_size"}
 HOW_NOT_WHAT |= {"data.files"}  # in the key by size and time of each file
 # Say which stages there are; in the keys of those that need the teacher, or learn from its scores.
 HOW_NOT_WHAT |= {"teacher.adapt", "teacher.scores"}
@@ -539,7 +539,7 @@ def test_every_part_of_the_objective_on_spread_vocabularies(finished, tmp_path):
     vocabularies and on one that cuts none."""
     config, *_ = finished
     lines = {}
-    for name, mesh in (("cut", {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}), ("whole", {})):
+    for name, mesh in (("cut", {"mesh": "data:2,fsdp:2,tensor:2"}), ("whole", {})):
         folder = tmp_path / name
         shutil.copytree(config.workdir, folder, ignore=shutil.ignore_patterns("distilled", "export", "report"))
         widen(Workdir(config_of(folder, config.data.files)))

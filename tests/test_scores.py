@@ -371,7 +371,7 @@ def test_processes_share_the_files_and_the_first_ends_the_stage_when_all_are_the
 
 def test_the_scores_are_the_same_on_another_mesh(scored, tmp_path):
     """The teacher cut over fsdp and tensor sums in another order; what it says is the same to the last bits."""
-    config = without_scores(scored, tmp_path / "work", **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
+    config = without_scores(scored, tmp_path / "work", **{"mesh": "data:2,fsdp:2,tensor:2"})
     for stage in ("corpus", "teacher"):
         assert Workdir(config).done(stage)
     facts = score.main(config)

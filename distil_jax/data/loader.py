@@ -8,7 +8,7 @@ long, and what each file holds; the stage that writes the shards puts it into it
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
@@ -104,10 +104,10 @@ class Loader:
     """Batches of packed rows for one process.
 
     The global batch of a step depends on (shards, seed, batch_size, step) alone: every epoch is a shuffle of all rows,
-    epochs follow each other without a gap, and a batch may hold the end of one and the beginning of the next. Process p
-    of P gets the p-th of P equal slices of it, so a run can go on with another number of processes.
+    epochs follow each other without a gap, and a batch may hold the end of one and the beginning of the next. A process
+    reads the `places` of it that its devices hold, so a run can go on with other processes or another mesh.
 
-    Attributes: fields (name -> length), records (rows of all shards), batch_size (global), local_batch_size.
+    Attributes: fields (name -> length), records (rows of all shards), batch_size (global), places.
     """
 
     def __init__(
@@ -116,27 +116,25 @@ class Loader:
         manifest_part: Manifest,
         batch_size: int,
         seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
         *,
+        places: Sequence[int] | None = None,
         joined: Joined | None = None,
         verify: bool = True,
     ):
         """Open the shards of `manifest_part` in `directory`.
 
+        places: rows of a global batch, counted from 0, that `batch` gives (sharding.places); None: all.
         joined: adds fields to each row by its number (data/scores.py).
         verify: read every file once and compare checksums; sizes and record counts are always compared.
 
-        Raises UserError naming the file that is missing or not as the manifest says, or for a batch size that
-        process_count does not divide.
+        Raises UserError naming the file that is missing or not as the manifest says.
         """
         self.fields: dict[str, int] = dict(sorted(manifest_part["fields"].items()))
         self.records: int = manifest_part["records"]
         self.batch_size = batch_size
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"there is no process {process_index} of {process_count}: they count from 0")
-        self.process_index, self.process_count = process_index, process_count
-        self.local_batch_size = self._local(batch_size)
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size} must be at least 1")
+        self.places = np.arange(batch_size) if places is None else np.asarray(places)
         files = manifest_part["files"]
         for entry in files:
             check_file(Path(directory) / entry["name"], entry, verify, _AGAIN)
@@ -156,15 +154,7 @@ class Loader:
             self._rows = self._rows.map_with_index(lambda n, row: row | joined.fields(n % self.records, row))
         # grain shuffles epoch e with seed + e, so neighbouring seeds would share orders: spread them first.
         spread = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        self._batches = self._rows.shuffle(seed=spread).repeat().batch(self.local_batch_size)
-
-    def _local(self, batch_size: int) -> int:
-        """Rows of this process in a global batch."""
-        if batch_size < 1 or batch_size % self.process_count:
-            raise UserError(
-                f"batch_size={batch_size} does not divide among {self.process_count} processes: use a positive multiple"
-            )
-        return batch_size // self.process_count
+        self._order = self._rows.shuffle(seed=spread).repeat()
 
     def _decode(self, record: bytes) -> dict[str, np.ndarray]:
         values = np.frombuffer(record, "<i4")
@@ -172,10 +162,11 @@ class Loader:
         return dict(zip(self.fields, np.split(values, ends[:-1]), strict=True))
 
     def batch(self, step: int) -> Batch:
-        """This process's slice of the global batch of `step` (0, 1, ...): field -> int32[B_local, L]. No state."""
+        """This process's rows of the global batch of `step` (0, 1, ...): field -> int32[places, L]. No state."""
         if step < 0:
             raise ValueError(f"step {step} is negative: steps count from 0")
-        return self._batches[step * self.process_count + self.process_index]
+        rows = [self._order[step * self.batch_size + int(place)] for place in self.places]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def iterate(self, start_step: int = 0, prefetch: int = 2) -> Iterator[Batch]:
         """batch(start_step), batch(start_step + 1), ... for ever; a thread reads ahead and ends with the iterator."""
@@ -194,15 +185,14 @@ class Loader:
         """The rows of `spread` (default: every row), each once and in order, in global batches of `batch_size`
         (default: the loader's own).
 
-        The last batch is filled up with rows of zeros: their segment ids are 0, so they count for nothing. Every
-        process gets the same number of batches.
+        The last batch is filled up with rows of zeros: their segment ids are 0, so they count for nothing. Whatever
+        `places` are, these batches are whole.
         """
         batch_size = batch_size or self.batch_size
-        local = self._local(batch_size)
-        chosen, first, like = self.spread(rows), self.process_index * local, self._rows[0]
-        for start in range(first, first + len(chosen), batch_size):
-            members = [self._rows[int(n)] for n in chosen[start : start + local]]
-            batch = {name: np.zeros((local, *values.shape), values.dtype) for name, values in like.items()}
+        chosen, like = self.spread(rows), self._rows[0]
+        for start in range(0, len(chosen), batch_size):
+            members = [self._rows[int(n)] for n in chosen[start : start + batch_size]]
+            batch = {name: np.zeros((batch_size, *values.shape), values.dtype) for name, values in like.items()}
             for n, row in enumerate(members):
                 for name, values in row.items():
                     batch[name][n] = values

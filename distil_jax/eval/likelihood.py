@@ -42,8 +42,8 @@ def sweep(
     nats, prediction = [], []
     for batch in batches:
         n, p = scorer(params, sharding.put_batch(batch, mesh))
-        nats.append(np.asarray(n))
-        prediction.append(np.asarray(p))
+        nats.append(sharding.to_host(n))
+        prediction.append(sharding.to_host(p))
     return {"nats": np.concatenate(nats), "prediction": np.concatenate(prediction)}
 
 

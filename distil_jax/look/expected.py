@@ -141,7 +141,7 @@ def _hidden(
         fields = {name: batch[name] for name in ("segment_ids", "positions")}
         return model.hidden(params, batch["tokens"], **fields).astype(jnp.float32)
 
-    return np.asarray(hidden_of(params, sharding.put_batch(batch, mesh))), model.unembedding(params)
+    return sharding.to_host(hidden_of(params, sharding.put_batch(batch, mesh))), model.unembedding(params)
 
 
 def _own_top(hidden_NxD: Array, unembedding: Any, *, text_vocab: int) -> tuple[Int[Array, "N K"], Float[Array, "N K"]]:

@@ -11,10 +11,10 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distil_jax import hosts
 from distil_jax.errors import UserError
 from distil_jax.manifest import replace_folder
 from distil_jax.models import shards
@@ -25,6 +25,7 @@ from distil_jax.models.gemma3 import Gemma3, Gemma3Config
 from distil_jax.models.llama import Llama, LlamaConfig
 from distil_jax.models.lora import dense
 from distil_jax.models.tensors import TensorFiles, read_json, write_json, write_tensors
+from distil_jax.sharding import param_shardings, to_host
 
 FAMILIES = {
     "llama": (Llama, LlamaConfig),
@@ -116,8 +117,6 @@ def load_pretrained(
     )
     shardings = None
     if mesh is not None:
-        from distil_jax.sharding import param_shardings  # a room above this one; only a mesh needs it
-
         shardings = param_shardings(model, mesh)
     return model, shards.read_params(model, files, dtype, shardings)
 
@@ -153,7 +152,7 @@ def save_pretrained(
         )
     dtype = _float_dtype(dtype or params["embedding"].dtype)
     tensors = _hf_tensors(model, params, dtype)
-    if jax.process_index() == 0:
+    if hosts.is_first_process():
         ids = _special_ids(model.config, tokenizer)
         config = {"architectures": [model.config.architecture], "model_type": model.config.model_type}
         config |= model.config.to_hf() | ids | {"dtype": dtype.name, "use_cache": True}
@@ -175,10 +174,7 @@ def save_pretrained(
     else:
         for _ in tensors:  # take part in gathering the shards
             pass
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(f"saved {target}")
+    hosts.barrier(f"saved {target}")
     return target
 
 
@@ -217,11 +213,7 @@ def _hf_tensors(model: Model, params: Params, dtype: np.dtype) -> Iterator[tuple
     """The tensors of a Hugging Face file in the order of the name table; one parameter at a time is on the host."""
     for weight, leaf in shards.leaves(model):
         value = dense(shards.get(params, weight.path))
-        if isinstance(value, jax.Array) and not value.is_fully_addressable:
-            from jax.experimental import multihost_utils
-
-            value = multihost_utils.process_allgather(value, tiled=True)
-        host = np.asarray(value)
+        host = to_host(value)
         for layer, name in enumerate(shards.names(weight, leaf.shape)):
             yield name, weight.write(host[layer] if weight.stacked else host).astype(dtype, copy=False)
 
