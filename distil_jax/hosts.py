@@ -19,11 +19,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
-from distil_jax.errors import HOST_LOST, UserError
+from distil_jax.errors import HOST_LOST, INPUT, UserError
 
 VARIABLE = "DISTIL_JAX_HOSTS"
 LOST_SECONDS = 40.0  # without a sign of life
@@ -49,7 +49,7 @@ def start() -> None:
     # It would take SIGTERM for itself; the training loop has its own way to agree on a last step.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        # JAX's own sign of life comes last: it ends a process without a word of what to do.
+        # JAX's own sign of life comes after ours: it ends a process by SIGABRT, with a stack trace.
         jax.distributed.initialize(**given, heartbeat_timeout_seconds=round(3 * LOST_SECONDS))
     except (RuntimeError, ValueError) as error:
         first = str(error).splitlines()[0]
@@ -165,7 +165,7 @@ class Monitor(threading.Thread):
             except Exception as error:
                 if _leaving() or self._failing:
                     return
-                self._end(HOST_LOST, f"the first host is lost ({str(error).splitlines()[0][:120]})")
+                _end(HOST_LOST, f"the first host is lost ({str(error).splitlines()[0][:120]})")
             self._obey(told)
             self._look(alive)
             time.sleep(BEAT_SECONDS)
@@ -175,7 +175,7 @@ class Monitor(threading.Thread):
             status, _, message = text.partition(" ")
             if (whose := int(key.rsplit("/", 1)[1])) != self._index:
                 self._client.key_value_set(f"{_KEY}/heard/{self._index}", "", True)
-                self._end(int(status), f"host {whose} failed: {message}")
+                _end(int(status), f"host {whose} failed: {message}")
 
     def _look(self, alive: dict[str, str]) -> None:
         now = time.monotonic()
@@ -186,12 +186,7 @@ class Monitor(threading.Thread):
                 self._heard[whose] = (text, now)
             elif whose != self._index and now - self._heard[whose][1] > self._lost_after and not _leaving():
                 silent = f"for {self._lost_after:.0f} s, last at step {self.steps[whose]}"
-                self._end(HOST_LOST, f"host {whose} of {self._processes} has been silent {silent}")
-
-    def _end(self, status: int, message: str) -> None:
-        again = "" if status == 2 else "; started again, the run goes on from the newest whole checkpoint"
-        print(f"error: {message}{again}", file=sys.stderr, flush=True)
-        os._exit(status)
+                _end(HOST_LOST, f"host {whose} of {self._processes} has been silent {silent}")
 
     def fail(self, status: int, message: str) -> None:
         self._failing = True
@@ -206,6 +201,12 @@ class Monitor(threading.Thread):
                         break
                     time.sleep(0.1)
         os._exit(status)
+
+
+def _end(status: int, message: str) -> NoReturn:
+    again = "" if status == INPUT else "; started again, the run goes on from the newest whole checkpoint"
+    print(f"error: {message}{again}", file=sys.stderr, flush=True)
+    os._exit(status)
 
 
 def _leaving() -> bool:

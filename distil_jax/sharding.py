@@ -45,8 +45,8 @@ def mesh_of(text: str, devices: list[Any] | None = None) -> Mesh:
         name, _, size = part.partition(":")
         if name not in ("slices", *AXES) or name in sizes or not size.lstrip("-").isdigit():
             raise UserError(
-                f"config.mesh={text!r}: {part!r} is not one of slices, data, fsdp and tensor with a size, each once, as in "
-                '"data:2,fsdp:4,tensor:2"'
+                f"config.mesh={text!r}: {part!r} is not one of slices, data, fsdp and tensor with a size, each once, "
+                'as in "data:2,fsdp:4,tensor:2"'
             )
         sizes[name] = int(size)
     slices = sizes.pop("slices", 1)
