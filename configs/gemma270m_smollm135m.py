@@ -55,6 +55,7 @@ def get_config() -> ConfigDict:
     c.teacher.licence = ""  # of the model at path, as docs/export.md names them; empty: recognised
     c.teacher.dtype = "float32"  # of the frozen parameters while it teaches; "bfloat16" or "int8" on accelerators
     c.teacher.adapt = True  # train it on the corpus first; False: it teaches as it came
+    c.teacher.spread = "fsdp"  # of its parameters, over fsdp and tensor; "tensor": over that alone; or "replicated"
     c.teacher.scores = "online"  # the teacher in memory while the student learns; "stored": asked once, by `score`
     c.teacher.training = training(steps=80, learning_rate=1e-4)
     c.teacher.training.freeze = "embedding"  # tied, so the head too

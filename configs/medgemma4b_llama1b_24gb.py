@@ -51,6 +51,7 @@ def get_config() -> ConfigDict:
     c.teacher.path = "google/medgemma-4b-it"  # a hub id or a Hugging Face directory
     c.teacher.licence = ""  # of the model at path, as docs/export.md names them; empty: recognised
     c.teacher.dtype = "int8"  # of the frozen parameters while it teaches: 3.9 GB, where bfloat16 takes 7.8
+    c.teacher.spread = "fsdp"  # of its parameters, over fsdp and tensor; "tensor": over that alone; or "replicated"
     c.teacher.scores = "online"  # the teacher in memory while the student learns; "stored": asked once, by `score`
     c.teacher.adapt = False  # it teaches as it came: training 4 billion parameters does not fit here
     c.teacher.training = training(steps=1000, learning_rate=1e-5)  # of adapt alone

@@ -76,6 +76,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.teacher.licence = ""  # of the model at path, as docs/export.md names them; empty: recognised
     c.teacher.dtype = "float32"  # of the frozen parameters while it teaches; bfloat16, or int8 (half of that)
     c.teacher.adapt = False  # train a teacher that has a path on the corpus first
+    c.teacher.spread = "fsdp"  # of its parameters, over fsdp and tensor; "tensor": over that alone; or "replicated"
     c.teacher.scores = "online"  # the teacher in memory while the student learns; "stored": asked once, by `score`
     c.teacher.vocab_size = 3072
     c.teacher.shape = ConfigDict(

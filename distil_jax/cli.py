@@ -40,11 +40,17 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("distil_jax.evaluate:main", "held-out bits per byte, accuracy and agreement of every model"),
     "export": ("distil_jax.export:main", "the distilled student as a Hugging Face directory"),
     "generate": ("distil_jax.generation.command:main", "ask a model, talk to it, or answer a file of prompts"),
+    "compile": ("distil_jax.compile:main", "whether a step fits a TPU slice that is not there, and its least time"),
     "report": ("distil_jax.report:main", "the table, summary.json and a page with curves and answers"),
     "doctor": ("distil_jax.doctor:main", "what this machine has, and the fix for each fault (--config is optional)"),
 }
 _CONFIG_OPTIONAL = ("doctor",)
-_OWN_ARGUMENTS = ("data", "inspect", "generate")  # beside a config; generate works without one too, data takes none
+_OWN_ARGUMENTS = (
+    "data",
+    "inspect",
+    "generate",
+    "compile",
+)  # beside a config; generate works without one too, data takes none
 # In the errors of collectives and of the coordination service when a process of the run has ended.
 _OF_ANOTHER_HOST = (
     "Connection closed by peer",

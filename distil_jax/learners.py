@@ -65,12 +65,14 @@ def hf_tokenizer(work: Workdir, side: str) -> Any:
     return tokenizer
 
 
-def untrained(work: Workdir, side: str, mesh: Mesh, dtype: str = "float32") -> tuple[Any, Any]:
+def untrained(
+    work: Workdir, side: str, mesh: Mesh, dtype: str = "float32", rules: sharding.Rules | None = None
+) -> tuple[Any, Any]:
     """(model, params) before any training of ours: the checkpoint at `path`, or random weights of `shape`."""
     part = work.config[side]
     if part.path:
         table = ByteTable.from_tokenizer(tokenizer_directory(work, side))
-        model, params = hub.load_pretrained(part.path, dtype=dtype, mesh=mesh)
+        model, params = hub.load_pretrained(part.path, dtype=dtype, mesh=mesh, rules=rules)
         largest = max(int(np.flatnonzero(table.is_text).max()), *table.roles.values())
         if largest >= model.config.vocab_size:
             raise UserError(
@@ -80,7 +82,7 @@ def untrained(work: Workdir, side: str, mesh: Mesh, dtype: str = "float32") -> t
         return model.with_tokenizer(table.vocab_size), params
     model = description(work, side)
     key = jax.random.fold_in(jax.random.key(work.config.seed), SEED_OF[side])
-    init = jax.jit(model.init, static_argnums=1, out_shardings=sharding.param_shardings(model, mesh))
+    init = jax.jit(model.init, static_argnums=1, out_shardings=sharding.param_shardings(model, mesh, rules))
     return model, init(key, dtype)
 
 
@@ -167,20 +169,23 @@ def count(params: Any) -> int:
 
 
 def teacher(work: Workdir, mesh: Mesh, dtype: str = "float32") -> tuple[Any, Any]:
-    """The teacher that teaches: trained or adapted here, or as it came. dtype "int8" holds its kernels in 8 bits and
-    the rest, norms and biases, in bfloat16."""
+    """The teacher that teaches: trained or adapted here, or as it came, spread as config.teacher.spread says. dtype
+    "int8" holds its kernels in 8 bits and the rest, norms and biases, in bfloat16."""
     stored = "bfloat16" if dtype == "int8" else dtype
+    rules = sharding.Rules.of(work.config.teacher.spread)
     if work.teacher_is_trained():
-        model, params = trained(work, "teacher", mesh, stored)
+        model, params = trained(work, "teacher", mesh, stored, rules)
     else:
-        model, params = untrained(work, "teacher", mesh, stored)
+        model, params = untrained(work, "teacher", mesh, stored, rules)
     return model, quantize(model, params) if dtype == "int8" else params
 
 
-def trained(work: Workdir, run: str, mesh: Mesh, dtype: str = "float32") -> tuple[Any, Any]:
+def trained(
+    work: Workdir, run: str, mesh: Mesh, dtype: str = "float32", rules: sharding.Rules | None = None
+) -> tuple[Any, Any]:
     """The model that a training run left."""
     work.require(run)
-    model, params = hub.load_pretrained(work / run / "model", dtype=dtype, mesh=mesh)
+    model, params = hub.load_pretrained(work / run / "model", dtype=dtype, mesh=mesh, rules=rules)
     side = "teacher" if run == "teacher" else "student"
     table = ByteTable.from_tokenizer(tokenizer_directory(work, side))
     return model.with_tokenizer(table.vocab_size), params

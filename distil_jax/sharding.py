@@ -11,13 +11,15 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from distil_jax.errors import UserError
+from distil_jax.errors import UserError, nearest
 
 AXES = ("data", "fsdp", "tensor")
+SPREADS = ("fsdp", "tensor", "replicated")
 BATCH_AXES = ("data", "fsdp")  # rows of a batch are spread over both
 
 
@@ -32,6 +34,16 @@ class Rules:
     kv_heads: str | None = "tensor"
     head_dim: str | None = None
     mlp: str | None = "tensor"
+
+    @classmethod
+    def of(cls, spread: str) -> "Rules":
+        """The rules of a frozen model: "fsdp", cut as one that learns; "tensor", cut over that axis alone;
+        "replicated", whole on every device. Raises UserError for another word."""
+        if spread not in SPREADS:
+            raise UserError(f"teacher.spread is {spread!r}: use one of {', '.join(SPREADS)}{nearest(spread, SPREADS)}")
+        if spread == "replicated":
+            return cls(vocab=None, embed=None, heads=None, kv_heads=None, mlp=None)
+        return cls(embed=None) if spread == "tensor" else cls()
 
 
 def mesh_of(text: str, devices: list[Any] | None = None) -> Mesh:
@@ -113,6 +125,17 @@ def place(
         fits = axis is not None and size % mesh.shape[axis] == 0 and axis not in used
         used.append(axis if fits else None)
     return NamedSharding(mesh, PartitionSpec(*used))
+
+
+def of_state(state: Any, optimizer: optax.GradientTransformation, shardings: Any, mesh: Mesh) -> Any:
+    """Where each array of a training state lies: moments and averages as their parameters do, the rest whole."""
+    whole = replicated(mesh)
+    moments = optax.tree_utils.tree_map_params(
+        optimizer, lambda _, s: s, state["opt_state"], shardings, transform_non_params=lambda _: whole
+    )
+    like_params = {k: shardings for k in ("params", "ema") if k in state}
+    others = {k: whole for k in state.keys() - like_params.keys() - {"opt_state"}}
+    return like_params | others | {"opt_state": moments}
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
 from distil_jax import hosts, learners, lora, recipe, sharding, variants
@@ -70,7 +69,8 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
         shardings |= jax.tree.map(lambda _: sharding.replicated(mesh), others)
         start_weights = frozen.specialty_weights_S if reweigh else None
         begin = jax.jit(functools.partial(init_state, optimizer=optimizer, ema=t.ema))
-        state = placed(begin(params, weights_S=start_weights), optimizer, shardings, mesh)
+        state = begin(params, weights_S=start_weights)
+        state = jax.device_put(state, sharding.of_state(state, optimizer, shardings, mesh))
         whole = lambda state: lora.whole(to_use(state), own, objective.adapter_scale)  # noqa: E731
         del params, others
         checkpoints = Checkpoints(stage.folder / "checkpoints", keep=2, save_every=t.checkpoint_every)
@@ -139,21 +139,6 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
         loop_seconds=seconds_of(stage.folder / "metrics.jsonl"),
         resumed_at=start,
     )
-
-
-def placed(state: dict[str, Any], optimizer: optax.GradientTransformation, shardings: Any, mesh: Any) -> dict[str, Any]:
-    """Every array of the state on the mesh; optimiser moments lie as their parameters do."""
-    whole = sharding.replicated(mesh)
-    opt_state = optax.tree_utils.tree_map_params(
-        optimizer,
-        jax.device_put,
-        state["opt_state"],
-        shardings,
-        transform_non_params=lambda x: jax.device_put(x, whole),
-    )
-    like_params = {k: jax.device_put(state[k], shardings) for k in ("params", "ema") if k in state}
-    others = {k: jax.device_put(state[k], whole) for k in state.keys() - like_params.keys() - {"opt_state"}}
-    return like_params | others | {"opt_state": opt_state}
 
 
 class Curve:

@@ -44,8 +44,8 @@ class Watchdog:
         behind = min(steps, key=steps.get) if steps else None
         where = "" if behind is None else f"; host {behind} is furthest behind, at step {steps[behind]}"
         print(
-            f"error: {self._label}: no step for {self._seconds:.0f} s after step {self._step}{where}. The stacks follow; "
-            "started again, the run goes on from the newest whole checkpoint (watchdog_seconds sets the patience)",
+            f"error: {self._label}: no step for {self._seconds:.0f} s after step {self._step}{where}. The stacks "
+            "follow; started again, the run goes on from the newest whole checkpoint (watch.hang_seconds)",
             file=sys.stderr,
             flush=True,
         )

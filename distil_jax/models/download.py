@@ -37,6 +37,20 @@ def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
     return _snapshot(repository, stated or revision)
 
 
+def config_file(hub_id: str) -> Path:
+    """The config.json of "owner/name" or "owner/name@revision", fetched alone. Raises UserError otherwise."""
+    import huggingface_hub
+
+    repository, _, revision = hub_id.partition("@")
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, "config.json", revision=revision or None))
+    except Exception as error:
+        raise UserError(
+            f"{hub_id}: its config.json could not be fetched from the hub ({_reason(error)}); check the name and your "
+            "access, or give a local directory"
+        ) from error
+
+
 def _snapshot(repository: str, revision: str | None) -> Path:
     import huggingface_hub  # a local directory needs no network and no client
     from huggingface_hub import errors

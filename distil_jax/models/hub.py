@@ -20,12 +20,12 @@ from distil_jax.manifest import replace_folder
 from distil_jax.models import shards
 from distil_jax.models.config import DecoderConfig
 from distil_jax.models.decoder import Model, Params
-from distil_jax.models.download import resolve
+from distil_jax.models.download import config_file, resolve
 from distil_jax.models.gemma3 import Gemma3, Gemma3Config
 from distil_jax.models.llama import Llama, LlamaConfig
 from distil_jax.models.lora import dense
 from distil_jax.models.tensors import TensorFiles, read_json, write_json, write_tensors
-from distil_jax.sharding import param_shardings, to_host
+from distil_jax.sharding import Rules, param_shardings, to_host
 
 FAMILIES = {
     "llama": (Llama, LlamaConfig),
@@ -93,13 +93,18 @@ def load_model(path_or_id: str | os.PathLike, revision: str | None = None) -> Mo
     return type(model)(dataclasses.replace(model.config, eos_token_id=stops))
 
 
+def published_config(hub_id: str) -> dict:
+    """The config.json of a repository on the hub, fetched alone. Raises UserError if it cannot be had."""
+    return read_json(config_file(hub_id), "fetch it again")
+
+
 def load_pretrained(
-    path_or_id: str | os.PathLike, dtype="float32", mesh=None, revision: str | None = None
+    path_or_id: str | os.PathLike, dtype="float32", mesh=None, revision: str | None = None, rules: Rules | None = None
 ) -> tuple[Model, Params]:
     """Reads a model from a local directory or, by "owner/name" or "owner/name@revision", from the Hugging Face hub.
 
     dtype: of the parameters in memory, "float32", "bfloat16" or "float16", whatever is stored.
-    mesh: places every parameter by `distil_jax.sharding.param_shardings(model, mesh)`; None: the default device.
+    mesh: places every parameter by `distil_jax.sharding.param_shardings(model, mesh, rules)`; None: the default device.
     revision: branch, tag or commit of the hub's repository, in place of @revision.
     Returns (model, params). Raises UserError if the directory, its config or a tensor cannot be used, naming it.
     """
@@ -117,7 +122,7 @@ def load_pretrained(
     )
     shardings = None
     if mesh is not None:
-        shardings = param_shardings(model, mesh)
+        shardings = param_shardings(model, mesh, rules)
     return model, shards.read_params(model, files, dtype, shardings)
 
 
