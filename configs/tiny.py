@@ -170,6 +170,12 @@ def get_config(arg: str = "") -> ConfigDict:
     c.variants = ConfigDict()
     c.runs = ("control", "smoothing", "distilled")  # students to train, of these three and the variants
 
+    c.watch = ConfigDict()  # of training, without a say in its result (docs/training.md)
+    c.watch.hang_seconds = 1800  # without a step: the run ends with status 72, to be started again; 0: never
+    c.watch.profile = ""  # "10:13": a trace of these steps in the run's folder, for TensorBoard or Perfetto
+    c.watch.tensorboard = False  # the numbers of metrics.jsonl as TensorBoard events too
+    c.watch.wandb = ""  # the project of Weights & Biases that they go to as well; empty: none
+
     c.evaluation = ConfigDict()
     c.evaluation.batch_size = 16
     c.evaluation.rows = 0  # packed test rows that are scored, spread over the split; 0: all

@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def mesh_of(config: Any, topology: str, first: int = 0) -> Any:
-    """config.mesh over the devices of a topology, which need not exist. Raises UserError where it cannot be described."""
+    """config.mesh over the devices of a topology, which need not exist. Raises UserError for one that is not known."""
     # Both are read when libtpu is loaded: no word to a metadata server, no look for a TPU.
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -270,8 +270,8 @@ def largest(config: Any, run: str, mesh: Any, chip: chips.Chip, fit: Fit) -> str
 
 
 def save(program: Any, folder: Path) -> None:
-    """Keeps a compiled step: its text, and the executable for jax.experimental.serialize_executable.deserialize_and_load
-    on a slice of this topology with the same jaxlib."""
+    """Keeps a compiled step: its text, and the executable, which `deserialize_and_load` of the module below loads on a
+    slice of this topology with the same jaxlib."""
     from jax.experimental import serialize_executable
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,177 @@
+"""MedGemma 4B teaches Llama 3.2 1B on a slice of a TPU pod, or on a node of GPUs: all parameters learn.
+
+    distil-jax run --config configs/medgemma4b_llama1b.py --config.workdir=/shared/run
+    distil-jax run --config configs/medgemma4b_llama1b.py:paper ...    the paper's objective
+
+The corpus is the medical one of docs/data.md, from the hub; both models are fetched from there too (both licences have
+to be accepted first). Every host needs to see the work folder. What a step takes says
+
+    distil-jax compile --config configs/medgemma4b_llama1b.py --topology v5e:4x4
+
+and docs/scale.md, which leads from nothing to a running pod. Rows of 1,024 tokens, 80 an update, as in the paper; its
+learning rate was 1e-6, ours was not tuned at this size, and none of it was run here, where there is no TPU. Without an
+argument the objective is what won our comparisons (docs/ablation.md, docs/objectives.md): the teacher at temperature 1,
+at all positions. `:paper` has the paper's: alpha 0.7, a temperature that falls, specialty weights, attention maps.
+"""
+
+from ml_collections import ConfigDict
+
+from distil_jax.errors import UserError
+
+PAPER = "paper"
+
+
+def get_config(objective: str = "") -> ConfigDict:
+    if objective not in ("", PAPER):
+        raise UserError(f"configs/medgemma4b_llama1b.py takes the argument {PAPER!r}, not {objective!r}")
+    c = ConfigDict()
+    c.seed = 0  # of the order of the data, of the adapters, and of the fit of W
+    c.workdir = "work/medgemma4b_llama1b"  # everything a run writes; seen by every host
+    c.mesh = "fsdp:-1"  # "slices:2,data:1,fsdp:4,tensor:2" over all chips (docs/scale.md); -1: what the others leave
+
+    c.data = ConfigDict()
+    c.data.files = ""  # your JSONL, Parquet or CSV files, separated by commas; empty: the Human Phenotype Ontology
+    c.data.corpus = "definitions"  # of terms; or "frequencies": of features in diseases, full of numbers; without files
+    # The medical corpus instead (docs/data.md): "all", or names of its sources; from a folder, "hub", or "tfds:FOLDER".
+    c.data.sources = "all"
+    c.data.root = "hub"
+    c.data.explanations = True  # what a source says of why an answer is right follows it
+    c.data.mend = True  # repair texts; refuse empty, gigantic and foreign ones
+    c.data.duplicates = "near"  # "exact": each text once; "near": nearly the same ones too
+    c.data.personal = "report"  # "report": count personal data, replace it in forums; "replace": everywhere
+    c.data.benchmarks = ""  # files with the questions that models will be scored on: rows that hold one are refused
+    c.data.student_length = 1024  # tokens in a packed row
+    c.data.teacher_length = 1024
+    c.data.rows_per_shard = 2048
+    c.data.chat = "off"  # "on": a prompt is the user's message and its completion the assistant's (docs/chat.md)
+    c.data.chat_any_share = False  # True: take conversations of which nothing, or everything, would be learned
+    c.data.processes = 0  # that clean, tokenise and align the text; 0: as many as cores; the result is the same
+    # How often a source is read (docs/data.md): "name=2, other=0.5"; a temperature above 1 evens the sources out; at
+    # most so many rows of each, 0 for all.
+    c.data.weights = ""
+    c.data.temperature = 1.0
+    c.data.cap = 0
+
+    c.teacher = ConfigDict()
+    c.teacher.path = "google/medgemma-4b-it"  # a hub id or a Hugging Face directory
+    c.teacher.licence = ""  # of the model at path, as docs/export.md names them; empty: recognised
+    c.teacher.dtype = "bfloat16"  # of the frozen parameters while it teaches; "int8" is half of that
+    c.teacher.spread = "fsdp"  # of its parameters, over fsdp and tensor; "tensor": over that alone; or "replicated"
+    c.teacher.scores = "online"  # the teacher in memory while the student learns; "stored": asked once, by `score`
+    c.teacher.adapt = False  # it teaches as it came
+    c.teacher.training = training(steps=2000, learning_rate=1e-5)  # of adapt alone
+
+    c.student = ConfigDict()
+    c.student.path = "meta-llama/Llama-3.2-1B"
+    c.student.licence = ""
+    c.student.training = training(steps=8000, learning_rate=1e-5)
+    # Low-rank adapters learn in place of the student's parameters, which stay as they are.
+    c.student.lora = ConfigDict()
+    c.student.lora.rank = 0  # 0: none, all parameters learn
+    c.student.lora.alpha = 64.0  # the update of a kernel is alpha / rank times a b
+    c.student.lora.targets = "layers.attention,layers.mlp"  # kernels, or what holds them, separated by commas
+    c.student.lora.dtype = "bfloat16"  # of the frozen parameters; float32, or int8 for their kernels
+
+    c.projection = ConfigDict()
+    c.projection.size = 8  # student tokens that one teacher token may become
+    c.projection.prior = 1.0  # observations that the first piece is worth beside the counts
+    c.projection.fit_rows = 64  # packed training rows whose positions W is fitted on
+    c.projection.fit_top = 32  # of the teacher's tokens at each position
+    c.projection.fit_steps = 100
+    c.projection.fit_learning_rate = 0.05
+    c.projection.fit_keep = 0.1  # weight of KL(W || W as built)
+
+    c.score = ConfigDict()  # what is stored of the teacher (docs/scores.md); alignment of attention needs it online
+    c.score.top_k = 64  # of its tokens at each position; 276 bytes, and 6 or 7 more for each further temperature
+    # Exact at these, interpolated between. For a schedule: its ends, 1.0, and some between, as 1.0,2.0,4.0,8.0.
+    c.score.temperatures = (1.0,)
+
+    # sum_n w_n (alpha_n CE_n + (1 - alpha_n) tau^2 KL_n) / sum_n w_n + beta L_att + lambda |W - W0|^2
+    c.objective = ConfigDict()
+    # How the models are compared: the teacher through W, or as docs/rivals.md has it: strict, uld, gold, xtoken_p,
+    # xtoken_h, alm, bpm, mlp, low_rank.
+    c.objective.kind = "projected"
+    c.objective.map_size = 1024  # hidden units of mlp, or rank of low_rank
+    c.objective.alpha = schedule("constant", 0.5, 0.5)  # share of cross-entropy where the teacher has something to say
+    c.objective.temperature = schedule("constant", 1.0, 1.0)
+    c.objective.divergence = "forward"  # KL(teacher || student); also reverse, skewed_forward, skewed_reverse, jsd
+    c.objective.skew = 0.1  # share of the teacher in the mixture of the last three (0.5 is usual for jsd)
+    c.objective.top_k = 0  # of the teacher's tokens that are projected, the others as one remainder; 0: all of them
+    # Targets that the teacher speaks about: "roots", parts of one of its tokens from the first byte on; "boundaries",
+    # all that begin where one of its tokens does; "all", also those inside its tokens and across them.
+    c.objective.positions = "all"
+    c.objective.learn_projection = False  # W learns through the loss too (docs/projection.md says why it should not)
+    c.objective.projection_learning_rate = 0.01  # of W's logits, at the peak
+    c.objective.projection_keep = 0.1  # lambda of |W - W0|^2
+    c.objective.beta = schedule("constant", 0.0, 0.0)  # weight of the distance of attention maps; the paper: 0.2
+    c.objective.attention = ConfigDict()
+    c.objective.attention.pairs = 2  # layers of each model that are compared, at equal relative depths
+    c.objective.attention.student_layers = ""  # "0,1": these instead, against as many of the teacher
+    c.objective.attention.teacher_layers = ""
+    c.objective.attention.heads = "mean"  # of the maps of a layer, or "mixed": by weights that learn
+    c.objective.hidden_states = 0.0  # weight of the distance of those layers' states, through matrices that learn
+    c.objective.specialty_weighting = "given"  # or "inverse_frequency", or "dro": driven by each specialty's loss
+    c.objective.dro_rate = 0.01  # of "dro" alone: a loss one nat higher gains this much log weight a step
+    c.objective.specialty_weights = ""  # "cardiology=1.2,radiology=1.0"; 1 where a specialty is not named
+    c.objective.label_smoothing = 0.1  # of the smoothing control alone
+    c.objective.block = 0  # tokens whose logits exist at one time; 0: as many as make 1 GB
+
+    if objective == PAPER:
+        c.objective.alpha = schedule("constant", 0.7, 0.7)
+        c.objective.temperature = schedule("exponential", 8.0, 1.0)
+        c.objective.beta = schedule("constant", 0.2, 0.2)
+        c.objective.specialty_weights = "cardiology=1.2,radiology=1.0"
+
+    # A variant is a name and what it changes in the objective: {"hot": {"temperature": {"start": 4.0}}}.
+    c.variants = ConfigDict()
+    c.runs = ("control", "distilled")  # students to train, of control, smoothing, distilled and the variants
+
+    c.watch = ConfigDict()  # of training, without a say in its result (docs/training.md)
+    c.watch.hang_seconds = 1800  # without a step: the run ends with status 72, to be started again; 0: never
+    c.watch.profile = ""  # "10:13": a trace of these steps in the run's folder, for TensorBoard or Perfetto
+    c.watch.tensorboard = False  # the numbers of metrics.jsonl as TensorBoard events too
+    c.watch.wandb = ""  # the project of Weights & Biases that they go to as well; empty: none
+
+    c.evaluation = ConfigDict()
+    c.evaluation.batch_size = 64
+    c.evaluation.rows = 1024  # packed test rows that are scored, spread over the split; 0: all
+    c.evaluation.curve_rows = 64  # validation rows behind the curve of the report
+    c.evaluation.bootstrap = 2000  # resamples of documents behind each interval
+    c.evaluation.answers = 4  # held-out questions answered by each model in the report
+    c.evaluation.answer_tokens = 48
+
+    c.export = ConfigDict()
+    c.export.run = "distilled"  # the student that is exported: distilled or a variant
+    c.export.dtype = "bfloat16"  # of the stored weights
+    c.export.name = ""  # of the model and its folder; empty: that of the work folder, as the licences allow
+    c.export.licence_files = ""  # texts that the models' folders lack, separated by commas
+    c.export.push_to = ""  # "owner/name" on the Hugging Face hub; empty: nowhere
+    c.export.private = True  # of the repository that a push makes
+    return c.lock()
+
+
+def training(steps: int, learning_rate: float) -> ConfigDict:
+    """How one model is trained: 80 rows of 1,024 tokens an update, as in the paper."""
+    t = ConfigDict()
+    t.steps = steps
+    t.batch_size = 80  # packed rows, over all devices
+    t.accumulate = 1  # pieces that the batch is taken in, one after the other: less memory, the same numbers
+    t.learning_rate = learning_rate  # peak; warm-up, then a cosine
+    t.warmup = 1000
+    t.end_fraction = 0.1  # of the peak, at the last step
+    t.weight_decay = 0.01
+    t.clip = 1.0  # global gradient norm, over the parameters that learn
+    t.freeze = ""  # parameters that stay as they are: "embedding", or dotted paths separated by commas
+    t.ema = 0.0  # decay of a running average of the parameters, which is then evaluated and kept; 0: none
+    t.compute_dtype = "bfloat16"
+    t.remat = "full"  # what is computed again in the backward pass: none, dots (all but matrix products), full (all)
+    t.log_every = 5
+    t.evaluate_every = 100
+    t.checkpoint_every = 100
+    t.max_skipped = 5  # updates with a loss or gradient that is not finite, before the run stops
+    return t
+
+
+def schedule(kind: str, start: float, end: float) -> ConfigDict:
+    """From start to end over the run: constant, linear, cosine or exponential."""
+    return ConfigDict({"kind": kind, "start": start, "end": end})
