@@ -30,22 +30,23 @@ class Flops(NamedTuple):
         return self.model + self.again
 
 
-def of_step(plan: Any) -> Flops:
-    """Of a plan.Plan; all positions count as supervised and taught."""
-    o, batch = plan.objective, plan.batch
+def of_step(objective: Any, learns: Any, projection: Any, batch: Any) -> Flops:
+    """Of a step with this objective.Objective. learns: params of objective.Loss; projection: of Frozen. All positions
+    count as supervised and taught, and of arrays only the shapes matter."""
+    o = objective
     model, rows = o.model, next(iter(batch.values())).shape[0]
     length = {side: batch[f"{side}_tokens"].shape[1] for side in ("student", "teacher")}
     own = forward(model, rows, length[o.side])
-    backward = own if "adapter" in plan.state["params"] else 2 * own  # kernels that do not learn have no gradient
+    backward = own if "adapter" in learns else 2 * own  # kernels that do not learn have no gradient
     tokens = rows * length[o.side]
     V, D = model.config.vocab_size, model.config.hidden_size
-    learns = "embedding" in plan.state["params"].get("model", {}) or "lm_head" in plan.state["params"].get("model", {})
-    heads = 2 * tokens * V * D * (3 if learns else 2)
+    head = "embedding" if model.config.tie_word_embeddings else "lm_head"
+    heads = 2 * tokens * V * D * (3 if head in learns.get("model", {}) else 2)
     teacher = 0.0
     if o.teacher is not None:
         teacher = forward(o.teacher, rows, length["teacher"])
-        entries = plan.frozen.projection.teacher_ids.shape[0]
-        heads += 2 * tokens * max(entries, o.teacher.config.vocab_size) * o.teacher.config.hidden_size
+        scored = getattr(projection, "teacher_ids", np.zeros(0)).shape[0]  # a row for each entry of W, at least
+        heads += 2 * tokens * max(scored, o.teacher.config.vocab_size) * o.teacher.config.hidden_size
     return Flops(own + backward, teacher, heads, own if o.remat == "full" else 0.0)
 
 

@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,13 +28,15 @@ class MetricsWriter:
       path: the file; its folder is made.
       resume_step: the first step that this run will write again. Lines at it and after it are dropped, and a last line
         that a killed run left torn; 0 starts the file anew. `time` is seconds since 1970.
+      also: called with (step, values) after each line.
 
     Raises:
       UserError: the file at `path` holds a line (not the last) that is no metrics line.
     """
 
-    def __init__(self, path: str | os.PathLike, resume_step: int = 0):
+    def __init__(self, path: str | os.PathLike, resume_step: int = 0, also: Sequence[Callable] = ()):
         self._file: TextIO | None = None
+        self._also = also
         if not is_first_process():
             return
         path = Path(path)
@@ -50,6 +53,8 @@ class MetricsWriter:
             row = {"step": int(step), "time": round(time.time(), 3), **{k: _to_json(v) for k, v in values.items()}}
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
+            for sink in self._also:
+                sink(int(step), values)
 
     def close(self) -> None:
         if self._file is not None:

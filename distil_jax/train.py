@@ -7,6 +7,7 @@ A run that was stopped goes on from its newest whole checkpoint and ends with th
 the batch is a function of the seed and the step.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from distil_jax import hosts, learners, lora, recipe, sharding, variants
+from distil_jax import flops, hosts, learners, lora, recipe, sharding, variants, watch
 from distil_jax.checkpoint import Checkpoints, on_sigterm
 from distil_jax.data import scores
 from distil_jax.data.loader import Loader
@@ -93,28 +94,35 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
 
         # ---- loop: dispatch step n, then read what step n - 1 reported ----------------------------------------------
         any_of = hosts.AnyOf(mesh)
-        metrics = MetricsWriter(stage.folder / "metrics.jsonl", resume_step=start + 1 if start else 0)
+        shapes = {k: np.empty((t.batch_size, n), np.bool_) for k, n in loader.fields.items()}
+        model_flops = flops.of_step(objective, state["params"], frozen.projection, shapes).model
+        watching = watch.Watch(config.watch, stage.folder, name, start=start, model_flops=model_flops)
+        also = watch.sinks(config.watch, stage.folder, name, start)
+        metrics = MetricsWriter(stage.folder / "metrics.jsonl", resume_step=start + 1 if start else 0, also=also)
         names = corpus["specialties"]
-        with metrics, Progress(t.steps, name, start=start) as progress, on_sigterm() as stop:
+        with metrics, watching, Progress(t.steps, name, start=start) as progress, on_sigterm() as stop:
             if start == 0:
                 sizes = {"parameters": parameters, "trainable_parameters": trainable}
                 metrics.write(0, **sizes, **curve(whole(state)))
             pending, asked, stopping = None, False, False
-            for done, batch in enumerate(itertools.islice(loader.iterate(start), t.steps - start), start + 1):
+            batches = itertools.islice(loader.iterate(start), t.steps - start)
+            for done, batch in enumerate(watching.waiting(batches), start + 1):
+                watching.before(done)
                 before, asked = asked, any_of.told(stop.requested)
                 state, report = update(state, frozen, sharding.put_batch(batch, mesh, t.batch_size))
                 if pending:
-                    log(metrics, progress, *pending, t, names, stage.folder)
+                    log(metrics, progress, watching, *pending, t, names, stage.folder)
                 pending, stopping = (done, report, batch["document"][batch["student_segment_ids"] > 0]), bool(before)
                 evaluates = done % t.evaluate_every == 0 or done == t.steps
-                saves = done % t.checkpoint_every == 0 or stopping
+                saves = done % t.checkpoint_every == 0 or done == t.steps or stopping
                 if evaluates or saves:  # what a checkpoint contains has to be in metrics.jsonl before it
-                    log(metrics, progress, *pending, t, names, stage.folder)
+                    log(metrics, progress, watching, *pending, t, names, stage.folder)
                     pending = None
-                if evaluates:
-                    metrics.write(done, **curve(whole(state)))
-                if saves:
-                    checkpoints.save(done, state, force=stopping)
+                with watching.paused() if evaluates or saves else contextlib.nullcontext():
+                    if evaluates:
+                        metrics.write(done, **curve(whole(state)))
+                    if saves:
+                        checkpoints.save(done, state, force=True)
                 if stopping:
                     checkpoints.close()
                     if hosts.is_first_process():
@@ -160,9 +168,10 @@ class Curve:
         return {"validation_bits_per_byte": self.last}
 
 
-def log(metrics, progress, done, report, documents, t, specialties, folder) -> None:
+def log(metrics, progress, watching, done, report, documents, t, specialties, folder) -> None:
     """Writes what step `done` reported, every t.log_every steps; stops the run after too many bad updates."""
     skipped = int(report["skipped"])
+    watching.after(done, int(report["tokens"]))
     if done % t.log_every == 0 or done in (1, t.steps):
         values = {k: np.asarray(v).tolist() for k, v in report.items() if not k.endswith("_by_specialty")}
         for prefix in ("ce", "weight"):
@@ -170,6 +179,7 @@ def log(metrics, progress, done, report, documents, t, specialties, folder) -> N
                 by = np.asarray(report[f"{prefix}_by_specialty"]).tolist()
                 values |= {f"{prefix}/{name}": v for name, v in zip(specialties, by, strict=True) if v > 0}
         metrics.write(done, **values)
+        watching.write(done)
     shown = {k: report[k] for k in ("loss", "ce", "kl_at_1", "attention") if k in report}
     progress.update(done, tokens=int(report["tokens"]), **shown)
     if skipped > t.max_skipped:
