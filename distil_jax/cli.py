@@ -165,8 +165,10 @@ def _disk_full(error: BaseException) -> str | None:
     cause: BaseException | None = error
     while cause is not None:
         number = cause.errno if isinstance(cause, OSError) else None
-        texts = ("No space left on device", "Disk quota exceeded", "os error 28)")
-        if number in (errno.ENOSPC, errno.EDQUOT) or (number is None and any(t in str(cause) for t in texts)):
+        texts = ("No space left on device", "Disk quota exceeded", "os error 28)", "File too large")
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or (
+            number is None and any(t in str(cause) for t in texts)
+        ):
             where = f" ({cause.filename})" if isinstance(cause, OSError) and cause.filename else ""
             return f"the disk is full{where}; {_STILL_USABLE}"
         cause = cause.__cause__ or cause.__context__

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import tempfile
 from pathlib import Path
 
 # XLA reads these once, when jax makes its first client, so they must stand before anything imports jax. Subprocesses
@@ -11,6 +12,10 @@ _EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 if _EIGHT_DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT_DEVICES}".strip()
 os.environ["HF_HUB_OFFLINE"] = "1"
+# One program is compiled once, whichever process of the session, or of a later one, needs it.
+_CACHE = Path(tempfile.gettempdir()) / f"distil_jax_tests_{os.getuid()}"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3", "JAX_COMPILATION_CACHE_MAX_SIZE": str(4 << 30)}
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import jax  # noqa: E402

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from distil_jax.errors import INTERRUPTED, STOPPED
+
 RUN = "control"
 SAVE_EVERY = 3
 
@@ -23,19 +25,20 @@ SAVE_EVERY = 3
 def context() -> Any:
     """Processes that start warm. JAX's devices are made in each of them."""
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["distil_jax.train", "distil_jax.cli"])
+    found.set_forkserver_preload(["distil_jax.train", "distil_jax.cli", "transformers.models.auto.tokenization_auto"])
     return found
 
 
-def train_once(arguments: list[str], log: str, broken: str = "") -> None:
+def train_once(arguments: list[str], log: str, broken: str = "", environment: dict[str, str] | None = None) -> None:
     """The whole of a process: trains RUN as the command would, and exits with its status."""
-    os.environ["XLA_FLAGS"] = ""
+    os.environ |= environment or {"XLA_FLAGS": ""}
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1), os.dup2(file, 2)
-    from distil_jax import cli, train
+    from distil_jax import cli, hosts, train
     from distil_jax.config import load_config
 
     def action() -> int:
+        hosts.start()
         if broken:
             BROKEN[broken]()
         config = load_config(arguments)[0]
@@ -135,6 +138,17 @@ def disturbed(config: list[str], work: Path, seed: int, seconds: float, kills: i
     return ends
 
 
+def check_loss(end: Kill, save_every: int) -> None:
+    """Raises AssertionError if a process ended otherwise than it may, or more was lost than it may."""
+    # Before the program takes signals itself they end it as the system does.
+    allowed = (0, STOPPED, INTERRUPTED, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
+    assert end.status in allowed, end.message
+    if end.status == STOPPED:  # nothing: every step that was reported is in the checkpoint
+        assert f"stopped at step {end.saved}" in end.message and end.saved >= end.reported, end
+    elif end.status != 0:  # the steps since the last save; while one is under way, since the one before
+        assert end.reported - end.saved <= 2 * save_every, end
+
+
 # ---- restores that are wrong on purpose: the comparison has to find each of them ------------------------------------
 
 
@@ -180,10 +194,21 @@ def _other_data() -> None:
     Loader.iterate = lambda self, start=0, prefetch=2: iterate(self, start + 1 if start else 0, prefetch)
 
 
-BROKEN: dict[str, Callable[[], None]] = {
+def _full_disk() -> None:
+    """The system refuses every file above 60 kB, so every checkpoint: what a full disk does, without filling one."""
+    import logging
+    import resource
+
+    logging.disable()  # the log is a file as well, and Orbax's traces are longer than that
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+
+WRONG: dict[str, Callable[[], None]] = {
     "skipped optimiser": _patched(_zero_moments),
     "wrong step": _patched(_one_step_early),
     "weights of another rounding": _patched(_nudged),
     "wrong counter": _patched(_one_more_skipped),
     "shuffled data": _other_data,
 }
+BROKEN = WRONG | {"full disk": _full_disk}
