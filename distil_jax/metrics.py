@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,13 +28,13 @@ class MetricsWriter:
       path: the file; its folder is made.
       resume_step: the first step that this run will write again. Lines at it and after it are dropped, and a last line
         that a killed run left torn; 0 starts the file anew. `time` is seconds since 1970.
-      also: called with (step, values) after each line.
+      also: whose `write(step, values)` is called after each line, and `close()` at the end (watch.Sink).
 
     Raises:
       UserError: the file at `path` holds a line (not the last) that is no metrics line.
     """
 
-    def __init__(self, path: str | os.PathLike, resume_step: int = 0, also: Sequence[Callable] = ()):
+    def __init__(self, path: str | os.PathLike, resume_step: int = 0, also: Sequence[Any] = ()):
         self._file: TextIO | None = None
         self._also = also
         if not is_first_process():
@@ -54,11 +54,13 @@ class MetricsWriter:
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
             for sink in self._also:
-                sink(int(step), values)
+                sink.write(int(step), values)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+        for sink in self._also:
+            sink.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self

@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from ml_collections import ConfigDict
@@ -18,7 +18,13 @@ from distil_jax.metrics import MetricsWriter, peak_memory_bytes
 from distil_jax.watchdog import Watchdog
 
 T = TypeVar("T")
-Sink = Callable[[int, dict[str, Any]], None]
+
+
+class Sink(NamedTuple):
+    """Someone who is told the numbers of a run beside metrics.jsonl."""
+
+    write: Callable[[int, dict[str, Any]], None]
+    close: Callable[[], None]
 
 
 class Watch:
@@ -124,20 +130,19 @@ def sinks(config: ConfigDict, folder: Path, name: str, start: int) -> list[Sink]
     told: list[Sink] = []
     if wanted["tensorboard"]:
         tensorboard = _import("tensorboardX", "watch.tensorboard")
-        writer = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        writer = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1, flush_secs=10)
 
         def to_tensorboard(step: int, values: dict[str, Any]) -> None:
             for key, value in numbers(values).items():
                 writer.add_scalar(key, value, step)
-            writer.flush()
 
-        told.append(to_tensorboard)
+        told.append(Sink(to_tensorboard, writer.close))
     if wanted["wandb"]:
         wandb = _import("wandb", "watch.wandb")
         # The folder is the run: a run that was stopped goes on under its id.
         identity = "".join(c if c.isalnum() else "-" for c in str(folder.resolve()))[-96:]
         run = wandb.init(project=config.wandb, id=identity, name=name, dir=str(folder), resume="allow")
-        told.append(lambda step, values: run.log(numbers(values), step=step))
+        told.append(Sink(lambda step, values: run.log(numbers(values), step=step), run.finish))
     return told
 
 
