@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from distil_jax.data import blocks
+from distil_jax.data import blocks, labels
 from distil_jax.data.cleaner import Cleaned, Refusal
 from distil_jax.data.pool import ordered
 from distil_jax.data.rows import Quarantine, Row
@@ -78,8 +78,9 @@ def gather(
     read_rows: the rows in their order, given something to tell refusals to; read again from the start in every run.
     quarantine: the file that messages name.
 
-    Facts of a block: `read` (entries), `rows` ({split: {source: n}}), `characters`, `specialties`, `licences`, `said`
-    ({role: [messages, bytes]} of training conversations), `refused` ({file: {reason: n}}), `mended`.
+    Facts of a block: `read` (entries), `rows` ({split: {source: n}}), `characters`, `specialties` ({source: {name:
+    n}}), `labels` (data/labels.py), `licences`, `said` ({role: [messages, bytes]} of training conversations),
+    `refused` ({file: {reason: n}}), `mended`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     done = blocks.facts(folder)
@@ -198,7 +199,8 @@ class _Block:
             "read": self.read,
             "characters": self.characters,
             "rows": {split: dict(sources) for split, sources in splits.items()},
-            "specialties": dict(Counter(row.specialty for row in self.rows)),
+            "specialties": labels.by_source(self.rows),
+            "labels": labels.compared(self.rows),
             "licences": dict(Counter(f"{row.source}: {row.licence or 'not stated'}" for row in self.rows)),
             "kinds": dict(Counter(row.kind for row in self.rows)),
             "said": dict(said),
@@ -215,6 +217,15 @@ def total(facts: Iterable[dict[str, Any]], name: str) -> dict[str, int]:
     for one in facts:
         summed.update(one[name])
     return dict(summed)
+
+
+def total_by_source(facts: Iterable[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+    """Counters by source, of all blocks together."""
+    summed: dict[str, Counter] = defaultdict(Counter)
+    for one in facts:
+        for source, counts in one.items():
+            summed[source].update(counts)
+    return {source: dict(counts) for source, counts in summed.items()}
 
 
 def rows_of(facts: Iterable[dict[str, Any]], split: str) -> dict[str, int]:

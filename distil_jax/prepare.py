@@ -21,14 +21,14 @@ from ml_collections import ConfigDict
 
 from distil_jax import learners, shard
 from distil_jax.config import numbers_by_name
-from distil_jax.data import blocks, catalogue, contamination, files, frequencies, hpo, mixture, reading
+from distil_jax.data import blocks, catalogue, contamination, files, frequencies, hpo, labels, mixture, reading
 from distil_jax.data.cleaner import CONTAMINATED, PERSONAL, RowCleaner
 from distil_jax.data.duplicates import Seen
 from distil_jax.data.pool import processes_of
 from distil_jax.data.rows import SPLITS, Row, as_conversation
 from distil_jax.data.train_tokenizers import train_gemma_style, train_llama_style
 from distil_jax.errors import UserError, nearest
-from distil_jax.gather import Refusals, gather, rows_of, total
+from distil_jax.gather import Refusals, gather, rows_of, total, total_by_source
 from distil_jax.metrics import is_first_process
 from distil_jax.models import hub
 from distil_jax.shard import Sharding
@@ -93,12 +93,13 @@ def prepare(config: ConfigDict, process_index: int, process_count: int) -> dict[
     with (folder / "quarantine.jsonl").open(encoding="utf-8") as lines:
         found = contamination.report(record for record in map(json.loads, lines) if record["reason"] == CONTAMINATED)
     made = shard.together(sharding, len(facts))
-    refused = [*(one["refused"] for one in facts), *made.pop("refused")]
-    by_source = {name: _sum(one.get(name, {}) for one in refused) for one in refused for name in one}
+    by_source = total_by_source([*(one["refused"] for one in facts), *made.pop("refused")])
     licences = {"licences": total(facts, "licences")}
     corpus = stage.finish(
         provenance=provenance | (licences if files_of(config) or config.data.sources else {}),
         specialties=list(sharding.specialties),
+        specialties_by_source=total_by_source(one["specialties"] for one in facts),
+        specialties_agreed=total_by_source(one["labels"] for one in facts),
         sources={split: rows_of(facts, split) for split in SPLITS},
         copies={name: round(n, 4) for name, n in sharding.copies.items()},
         mended=total(facts, "mended"),
@@ -159,7 +160,7 @@ def describe(corpus: dict[str, Any]) -> str:
                 if c
             )
         )
-    return "\n".join(lines)
+    return "\n".join(lines + labels.describe(corpus["specialties_agreed"]))
 
 
 def rows_to_read(config: ConfigDict) -> tuple[Callable[[Refusals], Iterable[Row]], dict[str, Any]]:
@@ -264,7 +265,7 @@ def sharding_of(work: Workdir, facts: Sequence[dict[str, Any]]) -> Sharding:
         folder=work / "corpus",
         student_tokenizer=str(learners.tokenizer_directory(work, "student")),
         teacher_tokenizer=str(learners.tokenizer_directory(work, "teacher")),
-        specialties=tuple(sorted(total(facts, "specialties"))),
+        specialties=tuple(sorted({name for one in facts for named in one["specialties"].values() for name in named})),
         student_length=data.student_length,
         teacher_length=data.teacher_length,
         rows_per_shard=data.rows_per_shard,

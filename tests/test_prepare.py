@@ -405,6 +405,14 @@ def test_the_medical_corpus_is_cleaned_counted_and_told(medical_corpus):
     assert len({row.id for row in kept}) == len(kept) == sum(sum(s.values()) for s in made["sources"].values())
     assert len(kept) + made["quarantined"]["duplicate"] + 2 == sum(f["read"] for f in facts)
     assert {"cardiology", "anatomy", "infectious_diseases"} <= set(made["specialties"])
+    counted = Counter((row.source, row.specialty) for row in kept)
+    assert counted == {(s, n): c for s, by in made["specialties_by_source"].items() for n, c in by.items()}
+    stated = {"medmcqa", "pubmedqa", "covid_qa"}  # MedQuAD's "Disease" names none
+    assert set(made["specialties_agreed"]) == stated
+    for name in stated:
+        agreed = made["specialties_agreed"][name]
+        assert agreed["labelled"] == sum(row.source == name for row in kept) >= agreed["compared"] >= agreed["decided"]
+        assert f"specialties of {name}: {agreed['labelled']} rows have a label" in prepare.describe(made)
 
 
 def test_two_processes_and_a_kill_make_the_same_medical_corpus(medical_corpus, medical, tmp_path, monkeypatch):

@@ -138,7 +138,7 @@ def unit_rows(
                 prompt=fields.prompt,
                 completion=completion,
                 messages=fields.messages,
-                meta=fields.meta,
+                meta={**fields.meta, "labelled": bool(fields.specialty)},
             )
     refused = quarantine.total - before
     if not used and not after:
