@@ -5,7 +5,6 @@ which the rows stand, so the blocks are the same for any number of processes. No
 run that was killed reads past what the whole blocks hold and goes on.
 """
 
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -19,6 +18,7 @@ from distil_jax.data.cleaner import Cleaned, Refusal
 from distil_jax.data.pool import ordered
 from distil_jax.data.rows import Quarantine, Row
 from distil_jax.data.words import whole
+from distil_jax.metrics import Progress
 
 _CHUNK = 512  # rows that a process takes at a time
 
@@ -72,11 +72,12 @@ def gather(
     seen: Seen | None = None,
     processes: int = 1,
     characters: int = blocks.CHARACTERS,
+    expected: int = 0,
 ) -> list[dict[str, Any]]:
     """Writes the blocks that `folder` lacks; returns the facts of all.
 
     read_rows: the rows in their order, given something to tell refusals to; read again from the start in every run.
-    quarantine: the file that messages name.
+    quarantine: the file that messages name. expected: about how many rows there are, for the progress line; 0: unknown.
 
     Facts of a block: `read` (entries), `rows` ({split: {source: n}}), `characters`, `specialties` ({source: {name:
     n}}), `labels` (data/labels.py), `licences`, `said` ({role: [messages, bytes]} of training conversations),
@@ -89,42 +90,38 @@ def gather(
         ids.update(_id(row) for row in blocks.read(folder, number))
         for prints in _prints(folder, number) if seen is not None else ():
             seen.admit(prints)
-    entries = islice(_entries(read_rows, Refusals(quarantine)), sum(f["read"] for f in done), None)
-    block = _Block(folder, len(done))
-    read = sum(f["read"] for f in done)
-    # In one process nothing is gained by pickling a chunk.
-    results = ordered(_clean, cleaner or Untouched(), _chunks(entries), processes if cleaner else 1)
-    last_said = time.monotonic()
-    for refused, cleaned in results:
-        repeated = None if seen is None or cleaned.prints is None else seen.admit(cleaned.prints)
-        block.mended.update(cleaned.counts)
-        block.prints.append(cleaned.prints)
-        at = 0
-        for before, outcome in zip(refused, cleaned.outcomes + [None] * len(refused), strict=False):
-            block.refuse(before)
-            if isinstance(outcome, Refusal):
-                block.refuse([outcome])
-            elif outcome is not None:
-                earlier = -1 if repeated is None else int(repeated[at])
-                at += 1
-                if earlier >= 0:
-                    block.refuse([_duplicate(outcome, earlier)])
-                elif (own := _id(outcome)) in ids:
-                    detail = "an earlier row of this source has it too"
-                    block.refuse([Refusal(outcome.source, outcome.id, "duplicate id", detail)])
-                else:
-                    ids.add(own)
-                    block.add(outcome)
-            block.read += 1
-        read += len(refused)
-        if block.characters >= characters:
+    with Progress(expected, "prepare, rows read") as progress:
+        entries = _counted(_entries(read_rows, Refusals(quarantine)), progress)
+        entries = islice(entries, sum(f["read"] for f in done), None)
+        block = _Block(folder, len(done))
+        # In one process nothing is gained by pickling a chunk.
+        results = ordered(_clean, cleaner or Untouched(), _chunks(entries), processes if cleaner else 1)
+        for refused, cleaned in results:
+            repeated = None if seen is None or cleaned.prints is None else seen.admit(cleaned.prints)
+            block.mended.update(cleaned.counts)
+            block.prints.append(cleaned.prints)
+            at = 0
+            for before, outcome in zip(refused, cleaned.outcomes + [None] * len(refused), strict=False):
+                block.refuse(before)
+                if isinstance(outcome, Refusal):
+                    block.refuse([outcome])
+                elif outcome is not None:
+                    earlier = -1 if repeated is None else int(repeated[at])
+                    at += 1
+                    if earlier >= 0:
+                        block.refuse([_duplicate(outcome, earlier)])
+                    elif (own := _id(outcome)) in ids:
+                        detail = "an earlier row of this source has it too"
+                        block.refuse([Refusal(outcome.source, outcome.id, "duplicate id", detail)])
+                    else:
+                        ids.add(own)
+                        block.add(outcome)
+                block.read += 1
+            if block.characters >= characters:
+                done.append(block.close())
+                block = _Block(folder, block.number + 1)
+        if block.read or not done:
             done.append(block.close())
-            block = _Block(folder, block.number + 1)
-        if time.monotonic() - last_said > 10:
-            print(f"prepare: {read:,} rows read", flush=True)
-            last_said = time.monotonic()
-    if block.read or not done:
-        done.append(block.close())
     return done
 
 
@@ -142,6 +139,17 @@ def _entries(read_rows: ReadRows, refusals: Refusals) -> Iterator[Entry]:
         yield refusals.taken(), row
     if rest := refusals.taken():
         yield rest, None
+
+
+def _counted(entries: Iterable[Entry], progress: Progress) -> Iterator[Entry]:
+    """The entries; tells how many rows were read, the refused ones too."""
+    read = 0
+    for number, (refused, row) in enumerate(entries, 1):
+        read += len(refused) + (row is not None)
+        yield refused, row
+        if number % _CHUNK == 0:
+            progress.update(read)
+    progress.update(read)
 
 
 def _chunks(entries: Iterable[Entry]) -> Iterator[list[Entry]]:

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from distil_jax import learners, shard
 from distil_jax.config import numbers_by_name
-from distil_jax.data import blocks, catalogue, contamination, files, frequencies, hpo, labels, mixture, reading
+from distil_jax.data import blocks, catalogue, contamination, files, formats, frequencies, hpo, labels, mixture, reading
 from distil_jax.data.cleaner import CONTAMINATED, PERSONAL, RowCleaner
 from distil_jax.data.duplicates import Seen
 from distil_jax.data.pool import processes_of
@@ -65,7 +65,7 @@ def prepare(config: ConfigDict, process_index: int, process_count: int) -> dict[
         facts = blocks.facts(folder / "rows")
     else:
         stage = work.begin("corpus")
-        read_rows, provenance = rows_to_read(config)
+        read_rows, provenance, expected = rows_to_read(config)
         duplicates = config.data.duplicates
         facts = gather(
             read_rows,
@@ -75,6 +75,7 @@ def prepare(config: ConfigDict, process_index: int, process_count: int) -> dict[
             seen=None if duplicates == "keep" else Seen(near=duplicates == "near"),
             processes=processes,
             characters=BLOCK_CHARACTERS,
+            expected=expected,
         )
         check(config, facts)
         make_tokenizers(work, facts)
@@ -163,9 +164,9 @@ def describe(corpus: dict[str, Any]) -> str:
     return "\n".join(lines + labels.describe(corpus["specialties_agreed"]))
 
 
-def rows_to_read(config: ConfigDict) -> tuple[Callable[[Refusals], Iterable[Row]], dict[str, Any]]:
-    """(the rows of all splits, given something to tell refusals to; what the manifest says about where they come from).
-    With config.data.chat "on" pairs of prompt and completion are conversations."""
+def rows_to_read(config: ConfigDict) -> tuple[Callable[[Refusals], Iterable[Row]], dict[str, Any], int]:
+    """(the rows of all splits, given something to tell refusals to; what the manifest says about where they come from;
+    about how many there are, or 0). With config.data.chat "on" pairs of prompt and completion are conversations."""
     if config.data.chat not in CHAT:
         raise UserError(f"config.data.chat is {config.data.chat!r}; use one of {', '.join(map(repr, CHAT))}")
     name = config.data.corpus
@@ -183,9 +184,10 @@ def rows_to_read(config: ConfigDict) -> tuple[Callable[[Refusals], Iterable[Row]
                 yield from map(chat, reading.rows(source, root, refusals, **how))
 
         told = {s.name: {"hub": s.hub_id, "licence": s.licence, "parts": [p.name for p in s.parts]} for s in chosen}
-        return catalogued, {"sources": told}
+        return catalogued, {"sources": told}, _known(reading.expected(source, root) for source in chosen)
     if given := files_of(config):
-        return lambda refusals: map(chat, files.read_files(given, refusals)), {"files": given}
+        expected = _known(formats.count(Path(file)) if Path(file).is_file() else 0 for file in given)
+        return lambda refusals: map(chat, files.read_files(given, refusals)), {"files": given}, expected
     refused = Refusals(Path("quarantine.jsonl"))
     corpus = EMBEDDED[name](refused)
 
@@ -194,7 +196,13 @@ def rows_to_read(config: ConfigDict) -> tuple[Callable[[Refusals], Iterable[Row]
             refusals.add(*refusal)
         yield from map(chat, corpus.rows)
 
-    return rows, corpus.manifest
+    return rows, corpus.manifest, len(corpus.rows) + refused.total
+
+
+def _known(counts: Iterable[int]) -> int:
+    """The sum, or 0 where one of them is not known."""
+    found = list(counts)
+    return sum(found) if all(found) else 0
 
 
 def cleaner_of(config: ConfigDict) -> RowCleaner | None:

@@ -19,6 +19,7 @@ from distil_jax.data.pool import ordered
 from distil_jax.data.rows import SPLITS, Quarantine, Row
 from distil_jax.errors import UserError
 from distil_jax.manifest import write_json_atomic
+from distil_jax.metrics import Progress
 from distil_jax.tokens import align
 from distil_jax.tokens.align import NONE, Alignment
 from distil_jax.tokens.bytes import ByteTable, RoundTripError
@@ -76,10 +77,13 @@ def make_parts(sharding: Sharding, wanted: Iterable[Block], processes: int) -> N
     """Makes the shards of these blocks, but for those that are there."""
     table.cache_clear()  # the folder of an earlier run may hold another tokenizer now
     (sharding.folder / "parts").mkdir(exist_ok=True)
+    wanted = list(wanted)
     missing = [block for block in wanted if not part_file(sharding.folder, block.number).is_file()]
-    for done, number in enumerate(ordered(make_part, sharding, missing, min(processes, len(missing))), 1):
-        if len(missing) > 1:
-            print(f"prepare: shards of block {number}, {done} of {len(missing)}", flush=True)
+    start = len(wanted) - len(missing)
+    with Progress(len(wanted), "prepare, blocks of shards", start=start) as progress:
+        made = ordered(make_part, sharding, missing, min(processes, len(missing)))
+        for done, _ in enumerate(made, start + 1):
+            progress.update(done)
 
 
 def part_file(folder: Path, number: int) -> Path:

@@ -319,7 +319,9 @@ def test_a_source_is_read_as_often_as_the_mixture_says(one, file, rows, tmp_path
 def test_prepare_tells_what_the_teacher_can_say_of_every_split(file, tmp_path, capsys):
     config = config_of(tmp_path, file)
     made = prepare.main(config)
-    said = capsys.readouterr().out
+    said, told = capsys.readouterr()
+    assert "prepare, rows read: 1504/1504 " in told, "1,500 rows and four lines that are none"
+    assert re.search(r"^prepare, blocks of shards: (\d+)/\1 ", told, re.MULTILINE)
     for split in ("train", "validation", "test"):
         found = made["alignment"][split]
         assert found["root"] + found["interior"] + found["crossing"] == pytest.approx(1, abs=2e-5)
@@ -434,6 +436,18 @@ def test_two_processes_and_a_kill_make_the_same_medical_corpus(medical_corpus, m
     monkeypatch.setattr(prepare.reading, "rows", read)
     prepare.main(config)
     assert files_in(tmp_path) == medical_corpus[2]
+
+
+def test_how_many_rows_there_will_be_is_known_before(medical, tmp_path, file):
+    assert prepare.rows_to_read(config_of(tmp_path, file))[2] == 1504
+    read, _, expected = prepare.rows_to_read(medical_config(tmp_path, medical))
+    refusals = gather.Refusals(tmp_path / "q.jsonl")
+    assert sum(1 for _ in read(refusals)) + refusals.total == expected
+    hub = prepare.rows_to_read(medical_config(tmp_path, medical, "--config.data.root=hub"))[2]
+    rows = {source.name: source.rows for source in prepare.catalogue.chosen(CHOSEN.split(","))}
+    assert hub == sum(rows.values()) + 211_269 - 1_000, "two rows of a record, and the labelled part is off"
+    (tmp_path / "more.csv").write_text("text\nx\n")
+    assert prepare.rows_to_read(config_of(tmp_path, f"{file},{tmp_path / 'more.csv'}"))[2] == 0, "not counted"
 
 
 def test_settings_of_the_data_that_are_none_are_refused(file, medical, tmp_path):
