@@ -9,9 +9,8 @@ block, and any number of processes (config.data.processes) or hosts that share t
 
 import json
 import shutil
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from distil_jax import learners, shard
+from distil_jax import hosts, learners, shard
 from distil_jax.config import numbers_by_name
 from distil_jax.data import blocks, catalogue, contamination, files, formats, frequencies, hpo, labels, mixture, reading
 from distil_jax.data.cleaner import CONTAMINATED, PERSONAL, RowCleaner
@@ -41,7 +40,6 @@ HELD_OUT = {"validation": 0.005, "test": 0.01}  # of the documents of each sourc
 DUPLICATES = ("keep", "exact", "near")  # config.data.duplicates
 BLOCK_CHARACTERS = blocks.CHARACTERS
 _TOKENIZER_ROWS = 200_000  # training rows that a tokenizer of our own is trained on
-_POLL = 1.0  # seconds between two looks at what another host has done
 
 
 def main(config: ConfigDict) -> dict[str, Any]:
@@ -50,16 +48,30 @@ def main(config: ConfigDict) -> dict[str, Any]:
     return prepare(config, *((jax.process_index(), jax.process_count()) if several else (0, 1)))
 
 
-def prepare(config: ConfigDict, process_index: int, process_count: int) -> dict[str, Any]:
-    """`main` of one of several hosts with one folder: the first reads and cleans, all make shards, the first ends."""
+def prepare(
+    config: ConfigDict, process_index: int, process_count: int, *, silence: float = hosts.SILENCE
+) -> dict[str, Any]:
+    """`main` of one of several hosts with one folder: the first reads and cleans, all make shards, the first ends.
+
+    Raises UserError also if a host that is waited for shows no sign of life for `silence` seconds (hosts.py).
+    """
     work = Workdir(config)
     if found := work.done("corpus"):
         return found
-    folder, processes = work / "corpus", processes_of(config.data.processes)
+    if process_count == 1:
+        return _prepare(work, 0, 1, silence)
+    with hosts.Alive(work.root, process_index, silence):
+        return _prepare(work, process_index, process_count, silence)
+
+
+def _prepare(work: Workdir, process_index: int, process_count: int, silence: float) -> dict[str, Any]:
+    config, folder, processes = work.config, work / "corpus", processes_of(work.config.data.processes)
+
+    def wait(until: Callable[[], Any], what: str, missing: Callable[[], Collection[int]] = lambda: (0,)) -> Any:
+        return hosts.wait(until, what, work.root, missing, silence)
+
     if process_index:
-        _wait(
-            lambda: work.done("corpus") or work.begun("corpus") and _is_gathered(folder), "the rows of the first host"
-        )
+        wait(lambda: work.done("corpus") or work.begun("corpus") and _is_gathered(folder), "the rows of the first host")
         if found := work.done("corpus"):
             return found
         facts = blocks.facts(folder / "rows")
@@ -84,9 +96,13 @@ def prepare(config: ConfigDict, process_index: int, process_count: int) -> dict[
     sharding = sharding_of(work, facts)
     shard.make_parts(sharding, shard.blocks_of(facts)[process_index::process_count], processes)
     if process_index:
-        return _wait(lambda: work.done("corpus"), "the first host to end the corpus")
+        return wait(lambda: work.done("corpus"), "the first host to end the corpus")
     parts = [shard.part_file(folder, n) for n in range(len(facts))]
-    _wait(lambda: all(part.is_file() for part in parts), "the shards of the other hosts")
+
+    def late() -> set[int]:
+        return {n % process_count for n, part in enumerate(parts) if not part.is_file()}
+
+    wait(lambda: not late(), "the shards of the other hosts", late)
 
     _join(folder / "documents.jsonl", [part.with_suffix(".documents.jsonl") for part in parts])
     refusals = [blocks.quarantine_file(folder / "rows", n) for n in range(len(facts))]
@@ -117,17 +133,6 @@ def prepare(config: ConfigDict, process_index: int, process_count: int) -> dict[
 
 def _is_gathered(folder: Path) -> bool:
     return (folder / _GATHERED).is_file()
-
-
-def _wait(until: Callable[[], Any], what: str) -> Any:
-    """What `until` returns once it is true; says what is waited for, once."""
-    said = False
-    while not (found := until()):
-        if not said:
-            print(f"prepare: waiting for {what}", flush=True)
-            said = True
-        time.sleep(_POLL)
-    return found
 
 
 def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:

@@ -4,8 +4,12 @@ import json
 import re
 import shutil
 import signal
+import socket
 import string
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -15,7 +19,7 @@ import numpy as np
 import pytest
 from test_reading import CASES, UNLABELLED, put
 
-from distil_jax import gather, prepare, shard
+from distil_jax import gather, hosts, prepare, shard
 from distil_jax.config import load_config, numbers_by_name
 from distil_jax.data import blocks, mixture, pool
 from distil_jax.data.cleaner import Cleaned
@@ -67,7 +71,7 @@ def file(rows, tmp_path_factory) -> Path:
 def small_blocks(monkeypatch):
     """Several blocks in a small corpus."""
     monkeypatch.setattr(prepare, "BLOCK_CHARACTERS", 40_000)
-    monkeypatch.setattr(prepare, "_POLL", 0.02)
+    monkeypatch.setattr(hosts, "POLL", 0.02)
     monkeypatch.setattr(gather, "_CHUNK", 100)
 
 
@@ -143,6 +147,83 @@ def test_two_hosts_write_the_same_bytes(one, file, tmp_path):
     assert found[0]["key"] == found[1]["key"] and files_in(tmp_path) == one[2]
 
 
+HOST = """
+import json, sys, time
+from distil_jax import gather, prepare
+from distil_jax.config import load_config
+prepare.BLOCK_CHARACTERS, gather._CHUNK = 40_000, 100
+host, silence, slow, flags = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
+read = prepare.files.read_files
+def slowly(*args, **options):
+    for n, row in enumerate(read(*args, **options)):
+        if n == 700:
+            print("reading", flush=True)
+            time.sleep(60)
+        yield row
+make = prepare.shard.make_parts
+def late(*args):
+    print("making", flush=True)
+    time.sleep(60)
+if slow == "reads":
+    prepare.files.read_files = slowly
+if slow == "makes":
+    prepare.shard.make_parts = late
+print("ready", flush=True)
+prepare.prepare(load_config(flags)[0], host, 2, silence=silence)
+"""
+
+
+def flags_of(work: Path, file: Path) -> list[str]:
+    values = {"workdir": work, "data.files": file, "teacher.vocab_size": 420, "student.vocab_size": 380}
+    values |= {"data.rows_per_shard": 20, "data.processes": 1}
+    tiny = ["--config", str(PROJECT / "configs" / "tiny.py")]
+    return tiny + [f"--config.{key}={value}" for key, value in values.items()]
+
+
+@pytest.mark.parametrize(("dead", "where", "said"), [(0, "reads", "reading"), (1, "makes", "making")])
+def test_a_host_that_is_killed_is_named_and_the_others_do_not_wait_for_ever(one, file, tmp_path, dead, where, said):
+    arguments = [str(dead), "1.5", where, json.dumps(flags_of(tmp_path, file))]
+    process = subprocess.Popen([sys.executable, "-c", HOST, *arguments], stdout=subprocess.PIPE, text=True)
+    silent, found = load_config(flags_of(tmp_path, file))[0], []
+
+    def other():
+        try:
+            prepare.prepare(silent, 1 - dead, 2, silence=1.5)
+        except UserError as error:
+            found.append(str(error))
+
+    waiting = threading.Thread(target=other)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        waiting.start()
+        assert any(line.strip() == said for line in process.stdout)
+        waiting.join(1.8)
+        assert waiting.is_alive() and not found, "a host that is slow is waited for"
+        process.send_signal(signal.SIGKILL)
+        start = time.monotonic()
+        waiting.join(30)
+        assert found and time.monotonic() - start < 10
+    finally:
+        process.kill()
+        process.wait()
+    name = f"host {dead} ({socket.gethostname()}, process {process.pid}) shows no sign of life"
+    assert name in found[0] and str(hosts.file_of(tmp_path, dead)) in found[0]
+    assert "not been touched for 1.5 seconds" in found[0] and "start this command again on all hosts" in found[0]
+    assert [path.name for path in (tmp_path / "alive").iterdir()] == [f"host-{dead}"]
+    results = {}
+    again = [threading.Thread(target=lambda n=n: results.update({n: prepare.prepare(silent, n, 2)})) for n in (0, 1)]
+    for host in again:
+        host.start()
+    for host in again:
+        host.join()
+    assert files_in(tmp_path) == one[2] and not list((tmp_path / "alive").iterdir()), "what was whole is gone on with"
+
+
+def test_a_host_that_never_comes_is_told(file, tmp_path):
+    with pytest.raises(UserError, match="the rows of the first host: host 0 .it has ended or did not start.*host-0 is"):
+        prepare.prepare(config_of(tmp_path, file), 1, 2, silence=0.2)
+
+
 class Killed(BaseException):
     """Ends a run where it stands, as a signal would."""
 
@@ -163,8 +244,8 @@ def test_a_run_killed_while_it_reads_goes_on(one, file, tmp_path, at, monkeypatc
     monkeypatch.setattr(prepare.files, "read_files", read)
     prepare.main(config)
     assert files_in(tmp_path) == one[2]
-    for name, time in before.items():
-        assert (tmp_path / "corpus" / "rows" / name).stat().st_mtime_ns == time, "a whole block is not written again"
+    for name, written in before.items():
+        assert (tmp_path / "corpus" / "rows" / name).stat().st_mtime_ns == written, "a whole block is not written again"
     assert bool(before) == (at > 150)
 
 
