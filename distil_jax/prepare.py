@@ -110,6 +110,8 @@ def _prepare(work: Workdir, process_index: int, process_count: int, silence: flo
     with (folder / "quarantine.jsonl").open(encoding="utf-8") as lines:
         found = contamination.report(record for record in map(json.loads, lines) if record["reason"] == CONTAMINATED)
     made = shard.together(sharding, len(facts))
+    for side, tokenizer in made["tokenizers"].items():
+        tokenizer["path"] = config[side].path
     by_source = total_by_source([*(one["refused"] for one in facts), *made.pop("refused")])
     licences = {"licences": total(facts, "licences")}
     corpus = stage.finish(

@@ -241,6 +241,7 @@ def _coverage(examples: list[Example], student: ByteTable) -> dict[str, dict[str
 def together(s: Sharding, count: int) -> dict[str, Any]:
     """The parts of all blocks as one corpus: what the manifest says; documents, refusals and token counts as files."""
     parts = [json.loads(part_file(s.folder, n).read_text(encoding="utf-8")) for n in range(count)]
+    _check_tokenizers(parts, s)
     shards, rows, chat, alignment = {}, {}, {}, {}
     for split in SPLITS:
         rows[split] = sum(part["rows"][split] for part in parts)
@@ -266,6 +267,16 @@ def together(s: Sharding, count: int) -> dict[str, Any]:
         "alignment": alignment,
         "refused": [part["refused"] for part in parts],
     }
+
+
+def _check_tokenizers(parts: Sequence[dict[str, Any]], s: Sharding) -> None:
+    for number, part in enumerate(parts):
+        for side, tokenizer in part["tokenizers"].items():
+            if tokenizer != parts[0]["tokenizers"][side]:
+                raise UserError(
+                    f"block {number} of {s.folder} was made with another {side} tokenizer than block 0: all hosts need "
+                    f"the same files at {side}.path. Put them there, delete {s.folder} and run this again"
+                )
 
 
 def _joined(parts: Sequence[dict[str, Any] | None], s: Sharding) -> dict[str, Any]:

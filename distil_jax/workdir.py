@@ -139,10 +139,22 @@ class Workdir:
         if found is None:
             command = COMMAND.get(self._kind(stage), stage)
             raise UserError(
-                f"{self.root / stage} is missing or belongs to another config: run `distil-jax {command}` with this "
-                "config first, or `distil-jax run`, which does every stage in order"
+                f"{self.root / stage} is missing or belongs to another config{self._other_tokenizers(stage)}: run "
+                f"`distil-jax {command}` with this config first, or `distil-jax run`, which does every stage in order"
             )
         return found
+
+    def _other_tokenizers(self, stage: str) -> str:
+        """What to add if the folder is a corpus of models at other paths."""
+        there = (manifest.read(self.root / stage) or {}).get("tokenizers", {})
+        made = {side: tokenizer.get("path", "") for side, tokenizer in there.items()}
+        asked = {side: self.config[side].path for side in made}
+        if made == asked:
+            return ""
+        exchanged = list(made.values()) == list(asked.values())[::-1]
+        other = {side: path for side, path in made.items() if path != asked[side]}
+        paths = ", ".join(f"{side}.path={path!r} and not {asked[side]!r}" for side, path in other.items())
+        return f" ({'teacher and student are exchanged: ' if exchanged else ''}it was made with {paths})"
 
     def begun(self, stage: str) -> bool:
         """Whether the folder of the stage is this config's: done, or under way."""

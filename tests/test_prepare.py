@@ -269,6 +269,22 @@ def test_a_run_killed_while_it_writes_shards_goes_on(one, file, tmp_path, monkey
     assert not [prefix for prefix in seen if prefix.endswith(("block00000", "block00001"))]
 
 
+def test_blocks_that_hosts_made_with_different_tokenizers_are_refused(file, tmp_path, monkeypatch):
+    config = config_of(tmp_path, file, "--config.data.processes=1")
+    of_one_host = shard.make_parts
+
+    def another_hosts(sharding, wanted, processes):
+        """The later blocks with the tokenizer that stands in the place of the student's on another machine."""
+        of_one_host(sharding, wanted[:2], processes)
+        of_one_host(sharding._replace(student_tokenizer=sharding.teacher_tokenizer), wanted[2:], processes)
+
+    monkeypatch.setattr(shard, "make_parts", another_hosts)
+    with pytest.raises(
+        UserError, match="block 2 of .*corpus was made with another student tokenizer than block 0: all"
+    ):
+        prepare.main(config)
+
+
 def test_what_was_seen_before_a_kill_is_known_after_it(rows, tmp_path, monkeypatch):
     """A text that repeats one of a finished block is refused, with a memory that is made again from the blocks."""
 
