@@ -6,7 +6,7 @@ run that was killed reads past what the whole blocks hold and goes on.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,9 +41,10 @@ class Refusals:
 
 
 class Seen(Protocol):
-    """Remembers prints: for each row that of the earlier one it repeats, or -1."""
+    """Remembers prints: for each row that of the earlier one it repeats, or -1. What is new is remembered if `stays`,
+    asked of its place among the prints, says so."""
 
-    def admit(self, prints: np.ndarray) -> np.ndarray: ...
+    def admit(self, prints: np.ndarray, stays: Callable[[int], bool]) -> np.ndarray: ...
 
 
 class Cleaner(Protocol):
@@ -81,15 +82,16 @@ def gather(
 
     Facts of a block: `read` (entries), `rows` ({split: {source: n}}), `characters`, `specialties` ({source: {name:
     n}}), `labels` (data/labels.py), `licences`, `said` ({role: [messages, bytes]} of training conversations),
-    `refused` ({file: {reason: n}}), `mended`.
+    `refused` ({file: {reason: n}}), `mended`, `same_id` (which of its prints are of rows that their id kept out).
     """
     folder.mkdir(parents=True, exist_ok=True)
     done = blocks.facts(folder)
     ids: set[int] = set()  # hashed: of the rows that are kept
     for number in range(len(done)):
         ids.update(_id(row) for row in blocks.read(folder, number))
+        kept_out = frozenset(done[number]["same_id"])
         for prints in _prints(folder, number) if seen is not None else ():
-            seen.admit(prints)
+            seen.admit(prints, lambda n, kept_out=kept_out: n not in kept_out)
     with Progress(expected, "prepare, rows read") as progress:
         entries = _counted(_entries(read_rows, Refusals(quarantine)), progress)
         entries = islice(entries, sum(f["read"] for f in done), None)
@@ -97,25 +99,24 @@ def gather(
         # In one process nothing is gained by pickling a chunk.
         results = ordered(_clean, cleaner or Untouched(), _chunks(entries), processes if cleaner else 1)
         for refused, cleaned in results:
-            repeated = None if seen is None or cleaned.prints is None else seen.admit(cleaned.prints)
+            rows = [outcome for outcome in cleaned.outcomes if isinstance(outcome, Row)]
+            repeated, same_id = _admit(rows, cleaned.prints, seen, ids)
             block.mended.update(cleaned.counts)
-            block.prints.append(cleaned.prints)
+            block.add_prints(cleaned.prints, same_id)
             at = 0
             for before, outcome in zip(refused, cleaned.outcomes + [None] * len(refused), strict=False):
                 block.refuse(before)
                 if isinstance(outcome, Refusal):
                     block.refuse([outcome])
                 elif outcome is not None:
-                    earlier = -1 if repeated is None else int(repeated[at])
-                    at += 1
-                    if earlier >= 0:
-                        block.refuse([_duplicate(outcome, earlier)])
-                    elif (own := _id(outcome)) in ids:
+                    if repeated[at] >= 0:
+                        block.refuse([_duplicate(outcome, int(repeated[at]))])
+                    elif at in same_id:
                         detail = "an earlier row of this source has it too"
                         block.refuse([Refusal(outcome.source, outcome.id, "duplicate id", detail)])
                     else:
-                        ids.add(own)
                         block.add(outcome)
+                    at += 1
                 block.read += 1
             if block.characters >= characters:
                 done.append(block.close())
@@ -123,6 +124,27 @@ def gather(
         if block.read or not done:
             done.append(block.close())
     return done
+
+
+def _admit(
+    rows: list[Row], prints: np.ndarray | None, seen: Seen | None, ids: set[int]
+) -> tuple[Sequence[int], set[int]]:
+    """For each row the number of the earlier text that it repeats, or -1; and which rows with a new text have the id of
+    a row that is kept. Adds the ids of the others."""
+    same_id: set[int] = set()
+
+    def stays(n: int) -> bool:
+        if (own := _id(rows[n])) in ids:
+            same_id.add(n)
+            return False
+        ids.add(own)
+        return True
+
+    if seen is None or prints is None:
+        for n in range(len(rows)):
+            stays(n)
+        return [-1] * len(rows), same_id
+    return seen.admit(prints, stays), same_id
 
 
 def _id(row: Row) -> int:
@@ -176,7 +198,8 @@ class _Block:
         self.quarantine = Quarantine(blocks.quarantine_file(folder, number))
         self.refused: dict[str, Counter] = defaultdict(Counter)
         self.rows: list[Row] = []
-        self.prints: list[np.ndarray | None] = []
+        self.prints: list[np.ndarray] = []
+        self.same_id: list[int] = []
         self.mended: Counter = Counter()
         self.characters = self.read = 0
 
@@ -189,12 +212,18 @@ class _Block:
         self.rows.append(row)
         self.characters += blocks.size_of(row)
 
+    def add_prints(self, prints: np.ndarray | None, same_id: Iterable[int]) -> None:
+        """The prints of a chunk, and which of them are of rows that their id kept out."""
+        if prints is not None:
+            before = sum(map(len, self.prints))
+            self.same_id += [before + n for n in sorted(same_id)]
+            self.prints.append(prints)
+
     def close(self) -> dict[str, Any]:
         """Writes the block and returns its facts."""
         self.quarantine.close()
-        found = [prints for prints in self.prints if prints is not None]
-        if found:
-            np.save(self.folder / f"{self.number:05d}.npy", np.concatenate(found))
+        if self.prints:
+            np.save(self.folder / f"{self.number:05d}.npy", np.concatenate(self.prints))
         splits: dict[str, Counter] = defaultdict(Counter)
         said: dict[str, list[int]] = defaultdict(lambda: [0, 0])
         for row in self.rows:
@@ -214,6 +243,7 @@ class _Block:
             "said": dict(said),
             "refused": {file: dict(reasons) for file, reasons in self.refused.items()},
             "mended": dict(self.mended),
+            "same_id": self.same_id,
         }
         blocks.write(self.folder, self.number, self.rows, facts)
         return facts

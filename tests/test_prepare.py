@@ -21,8 +21,9 @@ from test_reading import CASES, UNLABELLED, put
 
 from distil_jax import gather, hosts, prepare, shard
 from distil_jax.config import load_config, numbers_by_name
-from distil_jax.data import blocks, mixture, pool
+from distil_jax.data import blocks, cleaner, mixture, pool
 from distil_jax.data.cleaner import Cleaned
+from distil_jax.data.duplicates import Seen
 from distil_jax.data.loader import Loader
 from distil_jax.data.rows import Row
 from distil_jax.errors import UserError
@@ -297,11 +298,12 @@ def test_what_was_seen_before_a_kill_is_known_after_it(rows, tmp_path, monkeypat
         def __init__(self):
             self.first, self.count = {}, 0
 
-        def admit(self, prints):
+        def admit(self, prints, stays):
             found = []
-            for value in prints[:, 0].tolist():
+            for n, value in enumerate(prints[:, 0].tolist()):
                 found.append(self.first.get(value, -1))
-                self.first.setdefault(value, self.count)
+                if value not in self.first and stays(n):
+                    self.first[value] = self.count
                 self.count += 1
             return np.array(found)
 
@@ -345,6 +347,48 @@ def test_the_second_row_with_an_id_is_refused_in_a_later_block_and_after_a_kill_
         assert len(facts) > 2 and kept == [row.id for row in [*rows[:400], other]]
         refused = [f["refused"][source] for f in facts for source in f["refused"]]
         assert sum((Counter(reasons) for reasons in refused), Counter()) == {"duplicate id": 3}
+
+
+@pytest.mark.parametrize("stop", [None, 250, 420])
+def test_a_text_that_its_id_keeps_out_may_come_again_under_another_id(rows, tmp_path, monkeypatch, stop):
+    """And a text that is in keeps its near doubles out, whatever its id."""
+    monkeypatch.setattr(gather, "_CHUNK", 50)
+    long = [replace(row, completion=f"{row.id} " + " ".join(f"{row.id}w{n}" for n in range(60))) for row in rows[:500]]
+
+    def near(row, id_):
+        return replace(row, id=id_, completion=row.completion + " again")
+
+    lost = replace(long[20], id=long[10].id, completion="lost " + " ".join(f"lost{n}" for n in range(60)))
+    shown = long[:100] + [lost, near(lost, "r-new")]  # in one chunk
+    shown += long[100:300] + [near(lost, "r-late"), near(long[5], "r-double"), replace(long[7], id="r7")]
+    shown += long[300:] + [replace(lost, id=long[11].id), near(lost, "r-later")]
+    options = {"cleaner": cleaner.RowCleaner(mend=False, personal="keep"), "characters": 20_000}
+
+    def made(stop):
+        def read(refusals):
+            yield from shown[:stop]
+            if stop is not None:
+                raise Killed
+
+        return gather.gather(read, tmp_path, tmp_path / "quarantine.jsonl", seen=Seen(), **options)
+
+    if stop is not None:
+        with pytest.raises(Killed):
+            made(stop)
+        assert blocks.facts(tmp_path)
+    facts = made(None)
+    kept = [row.id for n in range(len(facts)) for row in blocks.read(tmp_path, n)]
+    assert kept == [row.id for row in [*long[:100], near(lost, "r-new"), *long[100:]]]
+    refused = [json.loads(line) for n in range(len(facts)) for line in blocks.quarantine_file(tmp_path, n).open()]
+    assert [(one["row"], one["reason"]) for one in refused] == [
+        ("r10", "duplicate id"),
+        ("r-late", "duplicate"),
+        ("r-double", "duplicate"),
+        ("r7", "duplicate"),
+        ("r11", "duplicate"),
+        ("r-later", "duplicate"),
+    ]
+    assert refused[1]["detail"].endswith("as row 101 of those cleaned"), "rows that an id keeps out are counted too"
 
 
 def _square(context, n):
