@@ -78,6 +78,7 @@ def _prepare(work: Workdir, process_index: int, process_count: int, silence: flo
     else:
         stage = work.begin("corpus")
         read_rows, provenance, expected = rows_to_read(config)
+        before = work.files_of_corpus()
         duplicates = config.data.duplicates
         facts = gather(
             read_rows,
@@ -89,6 +90,7 @@ def _prepare(work: Workdir, process_index: int, process_count: int, silence: flo
             characters=BLOCK_CHARACTERS,
             expected=expected,
         )
+        check_unchanged(work, before)
         check(config, facts)
         make_tokenizers(work, facts)
         (folder / _GATHERED).touch()
@@ -228,6 +230,12 @@ def cleaner_of(config: ConfigDict) -> RowCleaner | None:
         forums=frozenset(source.name for source in catalogue.SOURCES if source.forum),
         benchmarks=contamination.Index(items) if items else None,
     )
+
+
+def check_unchanged(work: Workdir, before: Sequence[tuple[str, int, int]]) -> None:
+    """Raises UserError if a file was written while it was read: its rows may be of the one state or the other."""
+    for name, *_ in sorted(set(before) ^ set(work.files_of_corpus())):
+        raise UserError(f"{name} was changed while it was read: run this again when it is whole")
 
 
 def check(config: ConfigDict, facts: Sequence[dict[str, Any]]) -> None:

@@ -116,17 +116,21 @@ class Workdir:
         config = {k: v for k, v in leaves.items() if _stands_in(k, read) and not _stands_in(k, unread)}
         facts = [self.key(other) for other in self.inputs(stage)]
         if stage == "corpus":
-            data = self.config.data
-            facts += [_file_facts("config.data.files", name) for name in files_of(self.config)]
-            facts += [_file_facts("config.data.benchmarks", name) for name in names_of(data.benchmarks)]
-            for source in catalogue.chosen(names_of(data.sources)) if data.sources else ():
-                if reading.is_folder(data.root):
-                    files = [unit.file for unit in reading.units(source, data.root)]
-                    facts += [_file_facts("config.data.root", file) for file in files]
+            facts += self.files_of_corpus()
         if stage == "export":
             given = names_of(self.config.export.licence_files)
             facts += [_file_facts("config.export.licence_files", name) for name in given]
         return config_hash(stage, distil_jax.__version__, config, facts)
+
+    def files_of_corpus(self) -> list[tuple[str, int, int]]:
+        """(name, bytes, time of the last change) of each file that the corpus is made of, but for the hub's."""
+        data = self.config.data
+        facts = [_file_facts("config.data.files", name) for name in files_of(self.config)]
+        facts += [_file_facts("config.data.benchmarks", name) for name in names_of(data.benchmarks)]
+        for source in catalogue.chosen(names_of(data.sources)) if data.sources else ():
+            if reading.is_folder(data.root):
+                facts += [_file_facts("config.data.root", unit.file) for unit in reading.units(source, data.root)]
+        return facts
 
     def done(self, stage: str) -> dict[str, Any] | None:
         """The manifest of a stage that is finished and still valid, else None."""

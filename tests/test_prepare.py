@@ -1,6 +1,7 @@
 """Promises: blocks, processes, hosts and a kill change no byte of a corpus; nothing is lost between rows and shards."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -577,6 +578,52 @@ def test_two_processes_and_a_kill_make_the_same_medical_corpus(medical_corpus, m
     monkeypatch.setattr(prepare.reading, "rows", read)
     prepare.main(config)
     assert files_in(tmp_path) == medical_corpus[2]
+
+
+@pytest.mark.parametrize(("mend", "reason"), [(False, "too long"), (True, "gigantic")])
+def test_a_gigantic_row_is_refused_by_its_name(rows, tmp_path, mend, reason):
+    file = tmp_path / "rows.jsonl"
+    sentences = "The patient was seen again after a week and was well. " * 40_000  # two megabytes
+    with file.open("w") as out:
+        for row in [*rows[:40], replace(rows[40], completion=sentences), *rows[41:80]]:
+            out.write(json.dumps({"id": row.id, "text": row.completion, "split": row.split}) + "\n")
+    config = config_of(tmp_path, file, f"--config.data.mend={mend}", "--config.student.vocab_size=330")
+    made = prepare.main(config)
+    refused = [json.loads(line) for line in (tmp_path / "corpus" / "quarantine.jsonl").read_text().splitlines()]
+    assert ("r40", reason) in [(one["row"], one["reason"]) for one in refused] and made["quarantined"][reason] == 1
+    assert sum(made["rows"].values()) + len(refused) == 80
+
+
+def test_a_file_that_is_cut_short_while_it_is_read_is_told(file, tmp_path, monkeypatch):
+    mine = tmp_path / "rows.jsonl"
+    shutil.copy(file, mine)
+    read = prepare.files.read_files
+
+    def cut(*args, **options):
+        for n, row in enumerate(read(*args, **options)):
+            if n == 500:
+                os.truncate(mine, mine.stat().st_size * 3 // 4)
+            yield row
+
+    monkeypatch.setattr(prepare.files, "read_files", cut)
+    with pytest.raises(UserError, match="rows.jsonl was changed while it was read"):
+        prepare.main(config_of(tmp_path / "work", mine))
+
+
+def test_a_damaged_block_of_rows_is_named(file, tmp_path, monkeypatch):
+    config = config_of(tmp_path, file, "--config.data.processes=1")
+
+    def killed(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard, "make_parts", killed)
+        with pytest.raises(Killed):
+            prepare.main(config)
+    block = tmp_path / "corpus" / "rows" / "00001.parquet"
+    block.write_bytes(block.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"rows/00001.parquet cannot be read \(.*delete .*corpus and prepare it again"):
+        prepare.main(config)
 
 
 def test_how_many_rows_there_will_be_is_known_before(medical, tmp_path, file):

@@ -8,6 +8,7 @@ malformed goes to the quarantine; a file that breaks off raises UserError with t
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 from collections.abc import Callable, Collection, Iterator
@@ -24,6 +25,7 @@ _PEEK_ROWS = 100  # JSON has no header: the keys of the first rows stand for one
 
 def read_jsonl(path: Path, quarantine: Quarantine, wanted: Collection[str] | None = None, after: int = 0) -> Table:
     """One object a line."""
+    _check_encoding(path)
 
     def records():
         with open(path, "rb") as file:
@@ -36,7 +38,7 @@ def read_jsonl(path: Path, quarantine: Quarantine, wanted: Collection[str] | Non
                     record = json.loads(line.decode("utf-8"))
                 except UnicodeDecodeError as error:
                     quarantine.add(path, number, "not UTF-8", str(error))
-                except (json.JSONDecodeError, RecursionError) as error:
+                except (ValueError, RecursionError) as error:  # also a number of more than 4,300 digits
                     reason = "malformed JSON" if line.strip() else "empty line"
                     quarantine.add(path, number, reason, str(error))
                 else:
@@ -45,7 +47,29 @@ def read_jsonl(path: Path, quarantine: Quarantine, wanted: Collection[str] | Non
                     else:
                         quarantine.add(path, number, "malformed JSON", "not an object with named fields")
 
-    return peeked(records())
+    return peeked(_guarded(path, records()))
+
+
+def _check_encoding(path: Path) -> None:
+    """Raises UserError for a file that cannot be read or that is not written in bytes of text, as UTF-16 is not."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(1024)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check that it is there, and start again") from error
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or head.count(0) > len(head) / 4:
+        raise UserError(f"{path} is no UTF-8 text: it begins as UTF-16, UTF-32 or binary data do; write it as UTF-8")
+
+
+def _guarded(path: Path, records: Iterator[tuple[int, dict]]) -> Iterator[tuple[int, dict]]:
+    """The records; a disk or a mount that fails is told with the row reached."""
+    number = 0
+    try:
+        for number, record in records:
+            yield number, record
+    except OSError as error:
+        text = f"{path} breaks off after row {number} ({error.strerror}); check that it is there, and start again"
+        raise UserError(text) from error
 
 
 def count_jsonl(path: Path) -> int:
@@ -59,6 +83,7 @@ def count_jsonl(path: Path) -> int:
 
 def read_json(path: Path, quarantine: Quarantine, wanted: Collection[str] | None = None, after: int = 0) -> Table:
     """One array of objects, decoded one object at a time: a corpus of gigabytes needs no memory of its own size."""
+    _check_encoding(path)
 
     def records():
         number = 0
@@ -70,7 +95,7 @@ def read_json(path: Path, quarantine: Quarantine, wanted: Collection[str] | None
                     first.back()
                 try:
                     record = first.value()
-                except (json.JSONDecodeError, RecursionError) as error:
+                except (ValueError, RecursionError) as error:
                     text = f"{path} breaks off after row {number} ({error}); copy or write it again"
                     raise UserError(text) from error
                 number += 1
@@ -81,7 +106,7 @@ def read_json(path: Path, quarantine: Quarantine, wanted: Collection[str] | None
                 else:
                     quarantine.add(path, number, "malformed JSON", "not an object with named fields")
 
-    return peeked(records())
+    return peeked(_guarded(path, records()))
 
 
 class _Stream:
@@ -133,6 +158,7 @@ def peeked(records: Iterator[tuple[int, dict]]) -> Table:
 
 def read_csv(path: Path, quarantine: Quarantine, wanted: Collection[str] | None = None, after: int = 0) -> Table:
     """Commas and double quotes, and a line of column names; every value is text."""
+    _check_encoding(path)
     csv.field_size_limit(2**31 - 1)  # the default, 131072 characters, is less than one long document
 
     def lines():
@@ -168,7 +194,7 @@ def read_csv(path: Path, quarantine: Quarantine, wanted: Collection[str] | None 
             else:
                 yield number, dict(zip(columns, values, strict=True))
 
-    return columns, records()
+    return columns, _guarded(path, records())
 
 
 def read_parquet(path: Path, quarantine: Quarantine, wanted: Collection[str] | None = None, after: int = 0) -> Table:
