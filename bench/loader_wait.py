@@ -3,8 +3,8 @@
     distil-jax prepare --config configs/tiny.py --config.workdir=WORK
     python bench/loader_wait.py WORK [--run control --steps 400 --prefetch 2]
 
-Trains a run of configs/tiny.py by the loop of train.py on the corpus in WORK, in a folder that is thrown away, and times
-each call for the next batch. The control is the run with the shortest step, so the one that would wait first.
+Trains a run of configs/tiny.py by the loop of train.py on the corpus in WORK, in a folder that is thrown away, and
+times each call for the next batch. The control is the run with the shortest step, so the one that would wait first.
 --prefetch 0 reads each batch when it is asked for: what reading ahead saves. The first 20 steps, in which the step is
 compiled, do not count; nothing is evaluated or saved in between.
 """
@@ -63,9 +63,8 @@ def main() -> None:
     wait_ms, step_ms = 1e3 * np.array(waits[WARM:-1]), 1e3 * np.diff(starts[WARM:])
     for name, values in (("waiting for a batch", wait_ms), ("a step with it", step_ms)):
         print(f"{name:20s} median {np.median(values):8.3f} ms   99th percentile {np.percentile(values, 99):8.3f} ms")
-    print(
-        f"{asked.run}, prefetch {asked.prefetch}: {wait_ms.sum() / step_ms.sum():.3%} of {len(step_ms)} steps is waiting"
-    )
+    share = wait_ms.sum() / step_ms.sum()
+    print(f"{asked.run}, prefetch {asked.prefetch}: {share:.3%} of {len(step_ms)} steps is waiting")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from distil_jax import hosts, learners, shard
+from distil_jax import hosts, joined, learners, shard
 from distil_jax.config import numbers_by_name
 from distil_jax.data import blocks, catalogue, contamination, files, formats, frequencies, hpo, labels, mixture, reading
 from distil_jax.data.cleaner import CONTAMINATED, PERSONAL, RowCleaner
@@ -111,7 +111,7 @@ def _prepare(work: Workdir, process_index: int, process_count: int, silence: flo
     _join(folder / "quarantine.jsonl", [*refusals, *(part.with_suffix(".quarantine.jsonl") for part in parts)])
     with (folder / "quarantine.jsonl").open(encoding="utf-8") as lines:
         found = contamination.report(record for record in map(json.loads, lines) if record["reason"] == CONTAMINATED)
-    made = shard.together(sharding, len(facts))
+    made = joined.together(sharding, len(facts))
     for side, tokenizer in made["tokenizers"].items():
         tokenizer["path"] = config[side].path
     by_source = total_by_source([*(one["refused"] for one in facts), *made.pop("refused")])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -390,6 +391,32 @@ def test_a_text_that_its_id_keeps_out_may_come_again_under_another_id(rows, tmp_
         ("r-later", "duplicate"),
     ]
     assert refused[1]["detail"].endswith("as row 101 of those cleaned"), "rows that an id keeps out are counted too"
+
+
+def test_processes_that_make_blocks_and_shards_do_without_jax():
+    """It takes 150 MB in each of them; and what is freed can be given back."""
+    code = "import sys, distil_jax.shard, distil_jax.gather, distil_jax.data.cleaner as c; c.duplicates.prints([])"
+    code += "; print([name for name in ('jax', 'grain') if name in sys.modules])"
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PROJECT)
+    assert made.stdout == "[]\n"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library here has no malloc_trim")
+def test_freed_memory_is_given_back():
+    code = """if True:
+        import os
+        from distil_jax.data.pool import release_memory
+        def held():
+            return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        pieces = [bytes(2000) for _ in range(50_000)]
+        kept = pieces[::1000]  # between the others, so that the top of the heap is not free
+        del pieces
+        freed = held()
+        release_memory()
+        print(freed - held())
+    """
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PROJECT)
+    assert int(made.stdout) > 50e6, "of 100 MB"
 
 
 def _square(context, n):
