@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from distil_jax import hosts, joined, learners, shard
+from distil_jax import alive, joined, learners, shard
 from distil_jax.config import numbers_by_name
 from distil_jax.data import blocks, catalogue, contamination, files, formats, frequencies, hpo, labels, mixture, reading
 from distil_jax.data.cleaner import CONTAMINATED, PERSONAL, RowCleaner
@@ -49,18 +49,18 @@ def main(config: ConfigDict) -> dict[str, Any]:
 
 
 def prepare(
-    config: ConfigDict, process_index: int, process_count: int, *, silence: float = hosts.SILENCE
+    config: ConfigDict, process_index: int, process_count: int, *, silence: float = alive.SILENCE
 ) -> dict[str, Any]:
     """`main` of one of several hosts with one folder: the first reads and cleans, all make shards, the first ends.
 
-    Raises UserError also if a host that is waited for shows no sign of life for `silence` seconds (hosts.py).
+    Raises UserError also if a host that is waited for shows no sign of life for `silence` seconds (alive.py).
     """
     work = Workdir(config)
     if found := work.done("corpus"):
         return found
     if process_count == 1:
         return _prepare(work, 0, 1, silence)
-    with hosts.Alive(work.root, process_index, silence):
+    with alive.Alive(work.root, process_index, silence):
         return _prepare(work, process_index, process_count, silence)
 
 
@@ -68,7 +68,7 @@ def _prepare(work: Workdir, process_index: int, process_count: int, silence: flo
     config, folder, processes = work.config, work / "corpus", processes_of(work.config.data.processes)
 
     def wait(until: Callable[[], Any], what: str, missing: Callable[[], Collection[int]] = lambda: (0,)) -> Any:
-        return hosts.wait(until, what, work.root, missing, silence)
+        return alive.wait(until, what, work.root, missing, silence)
 
     if process_index:
         wait(lambda: work.done("corpus") or work.begun("corpus") and _is_gathered(folder), "the rows of the first host")

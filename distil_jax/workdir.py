@@ -6,7 +6,7 @@
     projection/           project       W, its fit and its measures
     control/ smoothing/ distilled/      train: a student each, as for the teacher, and one for each variant by its name
     evaluate/ export/ report/ summary.json
-    alive/                prepare       on several hosts, while they work (hosts.py)
+    alive/                prepare       on several hosts, while they work (alive.py)
 
 A stage's key is a hash of the config that it reads and of the keys of the stages it builds on. Its `manifest.json` is
 written last; a folder whose manifest carries the key is done and is not made again.

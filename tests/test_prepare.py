@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from test_reading import CASES, UNLABELLED, put
 
-from distil_jax import gather, hosts, prepare, shard
+from distil_jax import alive, gather, prepare, shard
 from distil_jax.config import load_config, numbers_by_name
 from distil_jax.data import blocks, cleaner, mixture, pool
 from distil_jax.data.cleaner import Cleaned
@@ -74,7 +74,7 @@ def file(rows, tmp_path_factory) -> Path:
 def small_blocks(monkeypatch):
     """Several blocks in a small corpus."""
     monkeypatch.setattr(prepare, "BLOCK_CHARACTERS", 40_000)
-    monkeypatch.setattr(hosts, "POLL", 0.02)
+    monkeypatch.setattr(alive, "POLL", 0.02)
     monkeypatch.setattr(gather, "_CHUNK", 100)
 
 
@@ -210,7 +210,7 @@ def test_a_host_that_is_killed_is_named_and_the_others_do_not_wait_for_ever(one,
         process.kill()
         process.wait()
     name = f"host {dead} ({socket.gethostname()}, process {process.pid}) shows no sign of life"
-    assert name in found[0] and str(hosts.file_of(tmp_path, dead)) in found[0]
+    assert name in found[0] and str(alive.file_of(tmp_path, dead)) in found[0]
     assert "not been touched for 1.5 seconds" in found[0] and "start this command again on all hosts" in found[0]
     assert [path.name for path in (tmp_path / "alive").iterdir()] == [f"host-{dead}"]
     results = {}
