@@ -12,12 +12,14 @@ personal data and decontamination are on. Tokenising alone is both tokenizers' e
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -133,13 +135,14 @@ def write_sources(root: Path, wanted: int) -> int:
     whole = sum((source.rows or UNSTATED) * yields.get(source.name, 1) for source in catalogue.SOURCES)
     for source in catalogue.SOURCES:
         count = max(20, round((source.rows or UNSTATED) * wanted / whole))
-        for part in source.parts:
+        for at, part in enumerate(source.parts):
             folder = root / source.hub_id / part.config
             folder.mkdir(parents=True, exist_ok=True)
             writer = None
             for start in range(0, -(-count // len(source.parts)), BATCH):
                 records = [
-                    record(source, n, s) for n in range(start, min(start + BATCH, -(-count // len(source.parts))))
+                    record(source, at * 10**7 + n, s)
+                    for n in range(start, min(start + BATCH, -(-count // len(source.parts))))
                 ]
                 records = [{name: r[name] for name in source.columns_of(part)} for r in records]
                 for n in range(100, len(records), 100):
@@ -174,7 +177,10 @@ def main() -> None:
     asked = parser.parse_args()
     folder = asked.folder or Path(tempfile.mkdtemp())
     if not (folder / "sources").exists():
-        print(f"{write_sources(folder / 'sources', asked.rows):,} records written", flush=True)
+        # In a process of its own: what that takes is not what `prepare` takes.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            written = pool.submit(write_sources, folder / "sources", asked.rows).result()
+        print(f"{written:,} records written", flush=True)
     for name, config in MODELS.items():
         if not (folder / name).exists():
             shutil.copytree(asked.tokenizers / name, folder / name)

@@ -43,9 +43,27 @@ def tokenizer_directory(work: Workdir, side: str) -> Path:
     return hub.resolve(path) if path else work / "tokenizers" / side
 
 
+def table_of(work: Workdir, side: str) -> ByteTable:
+    """The byte table of a side's tokenizer. Raises UserError if the corpus was made with another one: its ids would
+    mean other texts, and nothing would show it but poor numbers."""
+    directory = tokenizer_directory(work, side)
+    table = ByteTable.from_tokenizer(directory)
+    made = (work.done("corpus") or {}).get("tokenizers")
+    if made and made[side]["hash"] != table.hash:
+        other = "student" if side == "teacher" else "teacher"
+        what = f"is not the one that {work / 'corpus'} was made with ({table.hash[:12]}, not {made[side]['hash'][:12]})"
+        if made[other]["hash"] == table.hash:
+            what = f"is the one that {work / 'corpus'} was made with for the {other}: the two are exchanged"
+        raise UserError(
+            f"the {side}'s tokenizer in {directory} {what}. Put the tokenizer back, or delete {work / 'corpus'} and "
+            "run `distil-jax prepare` again"
+        )
+    return table
+
+
 def tables_of(work: Workdir) -> dict[str, ByteTable]:
-    """The byte tables of both tokenizers."""
-    return {side: ByteTable.from_tokenizer(tokenizer_directory(work, side)) for side in ("teacher", "student")}
+    """The byte tables of both tokenizers. Raises UserError as `table_of`."""
+    return {side: table_of(work, side) for side in ("teacher", "student")}
 
 
 def has_conversations(work: Workdir) -> bool:
@@ -58,10 +76,9 @@ def hf_tokenizer(work: Workdir, side: str) -> Any:
     has conversations, its chat template is the one that they were written with."""
     from transformers import AutoTokenizer  # slow to import, and only the end of a stage needs it
 
-    directory = tokenizer_directory(work, side)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer, table = AutoTokenizer.from_pretrained(tokenizer_directory(work, side)), table_of(work, side)
     if has_conversations(work):
-        tokenizer.chat_template = chat.jinja(chat.family_of(ByteTable.from_tokenizer(directory), side))
+        tokenizer.chat_template = chat.jinja(chat.family_of(table, side))
     return tokenizer
 
 
@@ -71,7 +88,7 @@ def untrained(
     """(model, params) before any training of ours: the checkpoint at `path`, or random weights of `shape`."""
     part = work.config[side]
     if part.path:
-        table = ByteTable.from_tokenizer(tokenizer_directory(work, side))
+        table = table_of(work, side)
         model, params = hub.load_pretrained(part.path, dtype=dtype, mesh=mesh, rules=rules)
         largest = max(int(np.flatnonzero(table.is_text).max()), *table.roles.values())
         if largest >= model.config.vocab_size:
@@ -150,7 +167,7 @@ def _check_lora(model: Any, s: ConfigDict, freeze: str) -> None:
 def description(work: Workdir, side: str) -> Any:
     """The model of `untrained` without its parameters."""
     part = work.config[side]
-    table = ByteTable.from_tokenizer(tokenizer_directory(work, side))
+    table = table_of(work, side)
     if part.path:
         return hub.load_model(part.path).with_tokenizer(table.vocab_size)
     fields = dict(part.shape.items()) | {
@@ -187,5 +204,5 @@ def trained(
     work.require(run)
     model, params = hub.load_pretrained(work / run / "model", dtype=dtype, mesh=mesh, rules=rules)
     side = "teacher" if run == "teacher" else "student"
-    table = ByteTable.from_tokenizer(tokenizer_directory(work, side))
+    table = table_of(work, side)
     return model.with_tokenizer(table.vocab_size), params

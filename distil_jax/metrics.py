@@ -114,7 +114,7 @@ class Progress:
     """A progress line: losses, tokens/s, time left, memory. A live bar on a terminal, else a plain line now and then.
 
     Args:
-      total: steps of the whole run.
+      total: steps of the whole run; 0 if that is not known.
       label: what is running, for example "teacher".
       start: steps already done by an earlier run that this one continues.
       every_seconds: between two plain lines.
@@ -151,7 +151,7 @@ class Progress:
             columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[facts]}"))
             console = Console(file=self._file, force_terminal=True)
             self._bar = Bar(*columns, console=console, refresh_per_second=4)
-            self._task = self._bar.add_task(label, total=total, completed=start, facts="")
+            self._task = self._bar.add_task(label, total=total or None, completed=start, facts="")
             self._bar.start()
 
     @property
@@ -178,12 +178,14 @@ class Progress:
         self._printed_at, self._printed_step = now, self._step
 
     def _facts(self) -> str:
-        parts = [f"{self._step}/{self._total}", *(f"{name} {value:.4g}" for name, value in self._values.items())]
+        of = f"/{self._total}" if self._total else ""
+        parts = [f"{self._step}{of}", *(f"{name} {value:.4g}" for name, value in self._values.items())]
         (t0, step0, tokens0), (t1, step1, tokens1) = self._recent[0], self._recent[-1]
         if step1 > step0 and t1 > t0:
             if tokens1 > tokens0:
                 parts.append(f"{_short((tokens1 - tokens0) / (t1 - t0))} tokens/s")
-            parts.append(f"ETA {_clock((self._total - step1) * (t1 - t0) / (step1 - step0))}")
+            if self._total:
+                parts.append(f"ETA {_clock(max(0, self._total - step1) * (t1 - t0) / (step1 - step0))}")
         parts.append(f"{peak_memory_bytes() / 2**30:.1f} GiB")
         return "  ".join(parts)
 

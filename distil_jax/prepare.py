@@ -9,25 +9,24 @@ block, and any number of processes (config.data.processes) or hosts that share t
 
 import json
 import shutil
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from distil_jax import hosts, learners, shard
+from distil_jax import alive, hosts, joined, learners, shard
 from distil_jax.config import numbers_by_name
-from distil_jax.data import blocks, catalogue, contamination, files, frequencies, hpo, mixture, reading
+from distil_jax.data import blocks, catalogue, contamination, files, formats, frequencies, hpo, labels, mixture, reading
 from distil_jax.data.cleaner import CONTAMINATED, PERSONAL, RowCleaner
 from distil_jax.data.duplicates import Seen
 from distil_jax.data.pool import processes_of
 from distil_jax.data.rows import SPLITS, Row, as_conversation
 from distil_jax.data.train_tokenizers import train_gemma_style, train_llama_style
 from distil_jax.errors import UserError, nearest
-from distil_jax.gather import Refusals, gather, rows_of, total
+from distil_jax.gather import Refusals, gather, rows_of, total, total_by_source
 from distil_jax.models import hub
 from distil_jax.shard import Sharding
 from distil_jax.workdir import Workdir, files_of, names_of
@@ -39,7 +38,6 @@ HELD_OUT = {"validation": 0.005, "test": 0.01}  # of the documents of each sourc
 DUPLICATES = ("keep", "exact", "near")  # config.data.duplicates
 BLOCK_CHARACTERS = blocks.CHARACTERS
 _TOKENIZER_ROWS = 200_000  # training rows that a tokenizer of our own is trained on
-_POLL = 1.0  # seconds between two looks at what another host has done
 
 
 def main(config: ConfigDict) -> dict[str, Any]:
@@ -47,22 +45,37 @@ def main(config: ConfigDict) -> dict[str, Any]:
     return prepare(config, hosts.index(), hosts.count())
 
 
-def prepare(config: ConfigDict, process_index: int, process_count: int) -> dict[str, Any]:
-    """`main` of one of several hosts with one folder: the first reads and cleans, all make shards, the first ends."""
+def prepare(
+    config: ConfigDict, process_index: int, process_count: int, *, silence: float = alive.SILENCE
+) -> dict[str, Any]:
+    """`main` of one of several hosts with one folder: the first reads and cleans, all make shards, the first ends.
+
+    Raises UserError also if a host that is waited for shows no sign of life for `silence` seconds (alive.py).
+    """
     work = Workdir(config)
     if found := work.done("corpus"):
         return found
-    folder, processes = work / "corpus", processes_of(config.data.processes)
+    if process_count == 1:
+        return _prepare(work, 0, 1, silence)
+    with alive.Alive(work.root, process_index, silence):
+        return _prepare(work, process_index, process_count, silence)
+
+
+def _prepare(work: Workdir, process_index: int, process_count: int, silence: float) -> dict[str, Any]:
+    config, folder, processes = work.config, work / "corpus", processes_of(work.config.data.processes)
+
+    def wait(until: Callable[[], Any], what: str, missing: Callable[[], Collection[int]] = lambda: (0,)) -> Any:
+        return alive.wait(until, what, work.root, missing, silence)
+
     if process_index:
-        _wait(
-            lambda: work.done("corpus") or work.begun("corpus") and _is_gathered(folder), "the rows of the first host"
-        )
+        wait(lambda: work.done("corpus") or work.begun("corpus") and _is_gathered(folder), "the rows of the first host")
         if found := work.done("corpus"):
             return found
         facts = blocks.facts(folder / "rows")
     else:
         stage = work.begin("corpus", together=False)
-        read_rows, provenance = rows_to_read(config)
+        read_rows, provenance, expected = rows_to_read(config)
+        before = work.files_of_corpus()
         duplicates = config.data.duplicates
         facts = gather(
             read_rows,
@@ -72,7 +85,9 @@ def prepare(config: ConfigDict, process_index: int, process_count: int) -> dict[
             seen=None if duplicates == "keep" else Seen(near=duplicates == "near"),
             processes=processes,
             characters=BLOCK_CHARACTERS,
+            expected=expected,
         )
+        check_unchanged(work, before)
         check(config, facts)
         make_tokenizers(work, facts)
         (folder / _GATHERED).touch()
@@ -80,22 +95,29 @@ def prepare(config: ConfigDict, process_index: int, process_count: int) -> dict[
     sharding = sharding_of(work, facts)
     shard.make_parts(sharding, shard.blocks_of(facts)[process_index::process_count], processes)
     if process_index:
-        return _wait(lambda: work.done("corpus"), "the first host to end the corpus")
+        return wait(lambda: work.done("corpus"), "the first host to end the corpus")
     parts = [shard.part_file(folder, n) for n in range(len(facts))]
-    _wait(lambda: all(part.is_file() for part in parts), "the shards of the other hosts")
+
+    def late() -> set[int]:
+        return {n % process_count for n, part in enumerate(parts) if not part.is_file()}
+
+    wait(lambda: not late(), "the shards of the other hosts", late)
 
     _join(folder / "documents.jsonl", [part.with_suffix(".documents.jsonl") for part in parts])
     refusals = [blocks.quarantine_file(folder / "rows", n) for n in range(len(facts))]
     _join(folder / "quarantine.jsonl", [*refusals, *(part.with_suffix(".quarantine.jsonl") for part in parts)])
     with (folder / "quarantine.jsonl").open(encoding="utf-8") as lines:
         found = contamination.report(record for record in map(json.loads, lines) if record["reason"] == CONTAMINATED)
-    made = shard.together(sharding, len(facts))
-    refused = [*(one["refused"] for one in facts), *made.pop("refused")]
-    by_source = {name: _sum(one.get(name, {}) for one in refused) for one in refused for name in one}
+    made = joined.together(sharding, len(facts))
+    for side, tokenizer in made["tokenizers"].items():
+        tokenizer["path"] = config[side].path
+    by_source = total_by_source([*(one["refused"] for one in facts), *made.pop("refused")])
     licences = {"licences": total(facts, "licences")}
     corpus = stage.finish(
         provenance=provenance | (licences if files_of(config) or config.data.sources else {}),
         specialties=list(sharding.specialties),
+        specialties_by_source=total_by_source(one["specialties"] for one in facts),
+        specialties_agreed=total_by_source(one["labels"] for one in facts),
         sources={split: rows_of(facts, split) for split in SPLITS},
         copies={name: round(n, 4) for name, n in sharding.copies.items()},
         mended=total(facts, "mended"),
@@ -112,17 +134,6 @@ def prepare(config: ConfigDict, process_index: int, process_count: int) -> dict[
 
 def _is_gathered(folder: Path) -> bool:
     return (folder / _GATHERED).is_file()
-
-
-def _wait(until: Callable[[], Any], what: str) -> Any:
-    """What `until` returns once it is true; says what is waited for, once."""
-    said = False
-    while not (found := until()):
-        if not said:
-            print(f"prepare: waiting for {what}", flush=True)
-            said = True
-        time.sleep(_POLL)
-    return found
 
 
 def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
@@ -156,12 +167,12 @@ def describe(corpus: dict[str, Any]) -> str:
                 if c
             )
         )
-    return "\n".join(lines)
+    return "\n".join(lines + labels.describe(corpus["specialties_agreed"]))
 
 
-def rows_to_read(config: ConfigDict) -> tuple[Callable[[Refusals], Iterable[Row]], dict[str, Any]]:
-    """(the rows of all splits, given something to tell refusals to; what the manifest says about where they come from).
-    With config.data.chat "on" pairs of prompt and completion are conversations."""
+def rows_to_read(config: ConfigDict) -> tuple[Callable[[Refusals], Iterable[Row]], dict[str, Any], int]:
+    """(the rows of all splits, given something to tell refusals to; what the manifest says about where they come from;
+    about how many there are, or 0). With config.data.chat "on" pairs of prompt and completion are conversations."""
     if config.data.chat not in CHAT:
         raise UserError(f"config.data.chat is {config.data.chat!r}; use one of {', '.join(map(repr, CHAT))}")
     name = config.data.corpus
@@ -179,9 +190,10 @@ def rows_to_read(config: ConfigDict) -> tuple[Callable[[Refusals], Iterable[Row]
                 yield from map(chat, reading.rows(source, root, refusals, **how))
 
         told = {s.name: {"hub": s.hub_id, "licence": s.licence, "parts": [p.name for p in s.parts]} for s in chosen}
-        return catalogued, {"sources": told}
+        return catalogued, {"sources": told}, _known(reading.expected(source, root) for source in chosen)
     if given := files_of(config):
-        return lambda refusals: map(chat, files.read_files(given, refusals)), {"files": given}
+        expected = _known(formats.count(Path(file)) if Path(file).is_file() else 0 for file in given)
+        return lambda refusals: map(chat, files.read_files(given, refusals)), {"files": given}, expected
     refused = Refusals(Path("quarantine.jsonl"))
     corpus = EMBEDDED[name](refused)
 
@@ -190,7 +202,13 @@ def rows_to_read(config: ConfigDict) -> tuple[Callable[[Refusals], Iterable[Row]
             refusals.add(*refusal)
         yield from map(chat, corpus.rows)
 
-    return rows, corpus.manifest
+    return rows, corpus.manifest, len(corpus.rows) + refused.total
+
+
+def _known(counts: Iterable[int]) -> int:
+    """The sum, or 0 where one of them is not known."""
+    found = list(counts)
+    return sum(found) if all(found) else 0
 
 
 def cleaner_of(config: ConfigDict) -> RowCleaner | None:
@@ -209,6 +227,12 @@ def cleaner_of(config: ConfigDict) -> RowCleaner | None:
         forums=frozenset(source.name for source in catalogue.SOURCES if source.forum),
         benchmarks=contamination.Index(items) if items else None,
     )
+
+
+def check_unchanged(work: Workdir, before: Sequence[tuple[str, int, int]]) -> None:
+    """Raises UserError if a file was written while it was read: its rows may be of the one state or the other."""
+    for name, *_ in sorted(set(before) ^ set(work.files_of_corpus())):
+        raise UserError(f"{name} was changed while it was read: run this again when it is whole")
 
 
 def check(config: ConfigDict, facts: Sequence[dict[str, Any]]) -> None:
@@ -261,7 +285,7 @@ def sharding_of(work: Workdir, facts: Sequence[dict[str, Any]]) -> Sharding:
         folder=work / "corpus",
         student_tokenizer=str(learners.tokenizer_directory(work, "student")),
         teacher_tokenizer=str(learners.tokenizer_directory(work, "teacher")),
-        specialties=tuple(sorted(total(facts, "specialties"))),
+        specialties=tuple(sorted({name for one in facts for named in one["specialties"].values() for name in named})),
         student_length=data.student_length,
         teacher_length=data.teacher_length,
         rows_per_shard=data.rows_per_shard,

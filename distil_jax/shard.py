@@ -15,10 +15,10 @@ import numpy as np
 
 from distil_jax.data import blocks, mixture
 from distil_jax.data.loader import write_shards
-from distil_jax.data.pool import ordered
+from distil_jax.data.pool import ordered, release_memory
 from distil_jax.data.rows import SPLITS, Quarantine, Row
-from distil_jax.errors import UserError
 from distil_jax.manifest import write_json_atomic
+from distil_jax.metrics import Progress
 from distil_jax.tokens import align
 from distil_jax.tokens.align import NONE, Alignment
 from distil_jax.tokens.bytes import ByteTable, RoundTripError
@@ -51,8 +51,10 @@ class Sharding(NamedTuple):
 
 @functools.lru_cache(maxsize=2)
 def table(folder: str) -> ByteTable:
-    """The byte table of a tokenizer, once in each process that makes shards: it takes 200 to 300 MB."""
-    return ByteTable.from_tokenizer(folder)
+    """The byte table of a tokenizer, once in each process that makes shards."""
+    made = ByteTable.from_tokenizer(folder)
+    release_memory()  # that parsing took
+    return made
 
 
 class Block(NamedTuple):
@@ -76,10 +78,14 @@ def make_parts(sharding: Sharding, wanted: Iterable[Block], processes: int) -> N
     """Makes the shards of these blocks, but for those that are there."""
     table.cache_clear()  # the folder of an earlier run may hold another tokenizer now
     (sharding.folder / "parts").mkdir(exist_ok=True)
+    wanted = list(wanted)
     missing = [block for block in wanted if not part_file(sharding.folder, block.number).is_file()]
-    for done, number in enumerate(ordered(make_part, sharding, missing, min(processes, len(missing))), 1):
-        if len(missing) > 1:
-            print(f"prepare: shards of block {number}, {done} of {len(missing)}", flush=True)
+    start = len(wanted) - len(missing)
+    release_memory()  # that reading and cleaning took
+    with Progress(len(wanted), "prepare, blocks of shards", start=start) as progress:
+        made = ordered(make_part, sharding, missing, min(processes, len(missing)))
+        for done, _ in enumerate(made, start + 1):
+            progress.update(done)
 
 
 def part_file(folder: Path, number: int) -> Path:
@@ -232,65 +238,3 @@ def _coverage(examples: list[Example], student: ByteTable) -> dict[str, dict[str
         teacher_ids=np.concatenate([e["teacher_tokens"] for e in examples]),
     )
     return align.coverage([whole], student)
-
-
-def together(s: Sharding, count: int) -> dict[str, Any]:
-    """The parts of all blocks as one corpus: what the manifest says; documents, refusals and token counts as files."""
-    parts = [json.loads(part_file(s.folder, n).read_text(encoding="utf-8")) for n in range(count)]
-    shards, rows, chat, alignment = {}, {}, {}, {}
-    for split in SPLITS:
-        rows[split] = sum(part["rows"][split] for part in parts)
-        shards[split] = _joined([part["shards"].get(split) for part in parts], s)
-        if not rows[split] or not shards[split]:
-            raise UserError(
-                f"no row of the {split} split is left: see quarantine.jsonl in {s.folder}; a row longer than a packed "
-                "one needs a larger config.data.student_length and config.data.teacher_length"
-            )
-        chats, tokens, supervised = np.sum([part["chat"][split] for part in parts], axis=0).tolist()
-        share = round(supervised / tokens, 5) if tokens else 0.0
-        chat[split] = {"rows": chats, "tokens": tokens, "supervised": share}
-        alignment[split] = _shares([part["alignment"][split] for part in parts if split in part["alignment"]])
-    # Add one.
-    counts = 1.0 + sum(np.load(part_file(s.folder, number).with_suffix(".npy")) for number in range(count))
-    np.save(s.folder / "student_unigram.npy", counts / counts.sum())
-    return {
-        "tokenizers": parts[0]["tokenizers"],
-        "shards": shards,
-        "rows": rows,
-        "chat": chat,
-        "supervised_tokens": np.sum([part["supervised_tokens"] for part in parts], axis=0).tolist(),
-        "alignment": alignment,
-        "refused": [part["refused"] for part in parts],
-    }
-
-
-def _joined(parts: Sequence[dict[str, Any] | None], s: Sharding) -> dict[str, Any]:
-    """The shards of a split over all blocks."""
-    written = [part for part in parts if part]
-    if not written:
-        return {}
-    records = sum(part["records"] for part in written)
-    filled = np.sum([part["placed"] for part in written], axis=0) / records
-    return {
-        "fields": written[0]["fields"],
-        "records": records,
-        "examples": sum(part["examples"] for part in written),
-        "files": [file for part in written for file in part["files"]],
-        "student_fill": round(float(filled[0]) / s.student_length, 4),
-        "teacher_fill": round(float(filled[1]) / s.teacher_length, 4),
-    }
-
-
-def _shares(counted: Sequence[dict[str, dict[str, int]]]) -> dict[str, Any]:
-    """Counts of align.coverage as shares: of all tokens, and `by_class`."""
-    summed: dict[str, Counter] = defaultdict(Counter)
-    for one in counted:
-        for name, counts in one.items():
-            summed[name].update(counts)
-    by_class = {
-        name: {"tokens": counts["tokens"]}
-        | {role: round(n / counts["tokens"], 5) for role, n in counts.items() if role != "tokens"}
-        for name, counts in summed.items()
-        if counts["tokens"]
-    }
-    return by_class.pop("all") | {"by_class": by_class}

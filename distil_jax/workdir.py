@@ -6,6 +6,7 @@
     projection/           project       W, its fit and its measures
     control/ smoothing/ distilled/      train: a student each, as for the teacher, and one for each variant by its name
     evaluate/ export/ report/ summary.json
+    alive/                prepare       on several hosts, while they work (alive.py)
 
 A stage's key is a hash of the config that it reads and of the keys of the stages it builds on. Its `manifest.json` is
 written last; a folder whose manifest carries the key is done and is not made again.
@@ -115,17 +116,21 @@ class Workdir:
         config = {k: v for k, v in leaves.items() if _stands_in(k, read) and not _stands_in(k, unread)}
         facts = [self.key(other) for other in self.inputs(stage)]
         if stage == "corpus":
-            data = self.config.data
-            facts += [_file_facts("config.data.files", name) for name in files_of(self.config)]
-            facts += [_file_facts("config.data.benchmarks", name) for name in names_of(data.benchmarks)]
-            for source in catalogue.chosen(names_of(data.sources)) if data.sources else ():
-                if reading.is_folder(data.root):
-                    files = [unit.file for unit in reading.units(source, data.root)]
-                    facts += [_file_facts("config.data.root", file) for file in files]
+            facts += self.files_of_corpus()
         if stage == "export":
             given = names_of(self.config.export.licence_files)
             facts += [_file_facts("config.export.licence_files", name) for name in given]
         return config_hash(stage, distil_jax.__version__, config, facts)
+
+    def files_of_corpus(self) -> list[tuple[str, int, int]]:
+        """(name, bytes, time of the last change) of each file that the corpus is made of, but for the hub's."""
+        data = self.config.data
+        facts = [_file_facts("config.data.files", name) for name in files_of(self.config)]
+        facts += [_file_facts("config.data.benchmarks", name) for name in names_of(data.benchmarks)]
+        for source in catalogue.chosen(names_of(data.sources)) if data.sources else ():
+            if reading.is_folder(data.root):
+                facts += [_file_facts("config.data.root", unit.file) for unit in reading.units(source, data.root)]
+        return facts
 
     def done(self, stage: str) -> dict[str, Any] | None:
         """The manifest of a stage that is finished and still valid, else None."""
@@ -138,10 +143,22 @@ class Workdir:
         if found is None:
             command = COMMAND.get(self._kind(stage), stage)
             raise UserError(
-                f"{self.root / stage} is missing or belongs to another config: run `distil-jax {command}` with this "
-                "config first, or `distil-jax run`, which does every stage in order"
+                f"{self.root / stage} is missing or belongs to another config{self._other_tokenizers(stage)}: run "
+                f"`distil-jax {command}` with this config first, or `distil-jax run`, which does every stage in order"
             )
         return found
+
+    def _other_tokenizers(self, stage: str) -> str:
+        """What to add if the folder is a corpus of models at other paths."""
+        there = (manifest.read(self.root / stage) or {}).get("tokenizers", {})
+        made = {side: tokenizer.get("path", "") for side, tokenizer in there.items()}
+        asked = {side: self.config[side].path for side in made}
+        if made == asked:
+            return ""
+        exchanged = list(made.values()) == list(asked.values())[::-1]
+        other = {side: path for side, path in made.items() if path != asked[side]}
+        paths = ", ".join(f"{side}.path={path!r} and not {asked[side]!r}" for side, path in other.items())
+        return f" ({'teacher and student are exchanged: ' if exchanged else ''}it was made with {paths})"
 
     def begun(self, stage: str) -> bool:
         """Whether the folder of the stage is this config's: done, or under way."""

@@ -163,6 +163,24 @@ def test_the_memory_is_the_same_for_any_chunks_and_levels(definitions, monkeypat
     assert np.array_equal(whole[:50], prints(texts[:50])), "a print does not depend on its neighbours"
 
 
+@pytest.mark.parametrize("size", [1, 7, 100, 200])
+def test_a_text_is_remembered_while_the_recent_ones_are_sorted_in(size, monkeypatch):
+    """Also for the rest of the chunk in which that happens, and however a run that goes on shows them again."""
+    monkeypatch.setattr(duplicates, "_RECENT", 8)
+    shown = prints([f"text number {n - n % 5 // 4 * 3}" for n in range(200)])  # the fifth repeats the second
+    seen = Seen()
+    found = np.concatenate([seen.admit(shown[n : n + size]) for n in range(0, 200, size)])
+    assert np.array_equal(found, [n - 3 if n % 5 == 4 else -1 for n in range(200)])
+
+
+def test_a_text_that_may_not_stay_is_counted_and_not_remembered():
+    texts = ["one", "two", "one", "two", "one", "three"]
+    seen, asked = Seen(), []
+    found = seen.admit(prints(texts), lambda n: asked.append(n) or n not in (0, 1))
+    assert list(found) == [-1, -1, -1, -1, 2, -1] and asked == [0, 1, 2, 3, 5], "the repeated are not asked about"
+    assert list(seen.admit(prints(texts))) == [2, 3, 2, 3, 2, 5]
+
+
 # ---- benchmarks ------------------------------------------------------------------------------------------------------
 
 

@@ -240,6 +240,7 @@ def work(llama, tmp_path):
         config = load_config(arguments)[0]
         work, interval = Workdir(config), [0.1, 0.3]
         alignment = {"test": {"root": 0.9, "interior": 0.06, "crossing": 0.04}}
+        made_with = dj.ByteTable.from_tokenizer(tokenizer).hash
         facts = {
             "corpus": {
                 "provenance": {"files": [str(data)], "licences": {f"{HOSTILE}: cc-by-4.0": 1200, "mine: none": 3}},
@@ -247,7 +248,10 @@ def work(llama, tmp_path):
                 "chat": {"train": {"rows": 0, "tokens": 0, "supervised": 0.0}},
                 "quarantined": {"too long": 2},
                 "alignment": alignment,
-                "tokenizers": {side: {"vocab_size": 5000 + len(side)} for side in ("teacher", "student")},
+                "tokenizers": {
+                    side: {"vocab_size": 5000 + len(side), "hash": made_with, "path": str(path)}
+                    for side, path in (("teacher", teacher), ("student", student))
+                },
             },
             "projection": {"fitted": {"ip_kl": 0.98, "ip_bpb": 0.97}},
             "control": {},

@@ -77,6 +77,19 @@ def test_progress_prints_plain_lines_where_there_is_no_terminal():
         assert fact in lines[-1]
 
 
+def test_progress_without_a_known_end_has_no_time_left_and_one_that_was_guessed_too_low_none_below_zero():
+    out = io.StringIO()
+    with Progress(0, "read", every_seconds=0, file=out) as progress:
+        progress.update(3)
+        progress.update(6)
+    assert [line.split()[1] for line in out.getvalue().splitlines()] == ["3", "6"] and "ETA" not in out.getvalue()
+    out = io.StringIO()
+    with Progress(5, "read", every_seconds=0, file=out) as progress:
+        progress.update(3)
+        progress.update(8)
+    assert "8/5  ETA 0:00" in out.getvalue()
+
+
 def test_progress_is_quiet_between_its_lines():
     out = io.StringIO()
     with Progress(1000, "teacher", every_seconds=3600, file=out) as progress:

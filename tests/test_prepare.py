@@ -1,11 +1,17 @@
 """Promises: blocks, processes, hosts and a kill change no byte of a corpus; nothing is lost between rows and shards."""
 
 import json
+import os
+import platform
 import re
 import shutil
 import signal
+import socket
 import string
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -15,10 +21,11 @@ import numpy as np
 import pytest
 from test_reading import CASES, UNLABELLED, put
 
-from distil_jax import gather, prepare, shard
+from distil_jax import alive, gather, prepare, shard
 from distil_jax.config import load_config, numbers_by_name
-from distil_jax.data import blocks, mixture, pool
+from distil_jax.data import blocks, cleaner, mixture, pool
 from distil_jax.data.cleaner import Cleaned
+from distil_jax.data.duplicates import Seen
 from distil_jax.data.loader import Loader
 from distil_jax.data.rows import Row
 from distil_jax.errors import UserError
@@ -67,7 +74,7 @@ def file(rows, tmp_path_factory) -> Path:
 def small_blocks(monkeypatch):
     """Several blocks in a small corpus."""
     monkeypatch.setattr(prepare, "BLOCK_CHARACTERS", 40_000)
-    monkeypatch.setattr(prepare, "_POLL", 0.02)
+    monkeypatch.setattr(alive, "POLL", 0.02)
     monkeypatch.setattr(gather, "_CHUNK", 100)
 
 
@@ -143,6 +150,83 @@ def test_two_hosts_write_the_same_bytes(one, file, tmp_path):
     assert found[0]["key"] == found[1]["key"] and files_in(tmp_path) == one[2]
 
 
+HOST = """
+import json, sys, time
+from distil_jax import gather, prepare
+from distil_jax.config import load_config
+prepare.BLOCK_CHARACTERS, gather._CHUNK = 40_000, 100
+host, silence, slow, flags = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
+read = prepare.files.read_files
+def slowly(*args, **options):
+    for n, row in enumerate(read(*args, **options)):
+        if n == 700:
+            print("reading", flush=True)
+            time.sleep(60)
+        yield row
+make = prepare.shard.make_parts
+def late(*args):
+    print("making", flush=True)
+    time.sleep(60)
+if slow == "reads":
+    prepare.files.read_files = slowly
+if slow == "makes":
+    prepare.shard.make_parts = late
+print("ready", flush=True)
+prepare.prepare(load_config(flags)[0], host, 2, silence=silence)
+"""
+
+
+def flags_of(work: Path, file: Path) -> list[str]:
+    values = {"workdir": work, "data.files": file, "teacher.vocab_size": 420, "student.vocab_size": 380}
+    values |= {"data.rows_per_shard": 20, "data.processes": 1}
+    tiny = ["--config", str(PROJECT / "configs" / "tiny.py")]
+    return tiny + [f"--config.{key}={value}" for key, value in values.items()]
+
+
+@pytest.mark.parametrize(("dead", "where", "said"), [(0, "reads", "reading"), (1, "makes", "making")])
+def test_a_host_that_is_killed_is_named_and_the_others_do_not_wait_for_ever(one, file, tmp_path, dead, where, said):
+    arguments = [str(dead), "1.5", where, json.dumps(flags_of(tmp_path, file))]
+    process = subprocess.Popen([sys.executable, "-c", HOST, *arguments], stdout=subprocess.PIPE, text=True)
+    silent, found = load_config(flags_of(tmp_path, file))[0], []
+
+    def other():
+        try:
+            prepare.prepare(silent, 1 - dead, 2, silence=1.5)
+        except UserError as error:
+            found.append(str(error))
+
+    waiting = threading.Thread(target=other)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        waiting.start()
+        assert any(line.strip() == said for line in process.stdout)
+        waiting.join(1.8)
+        assert waiting.is_alive() and not found, "a host that is slow is waited for"
+        process.send_signal(signal.SIGKILL)
+        start = time.monotonic()
+        waiting.join(30)
+        assert found and time.monotonic() - start < 10
+    finally:
+        process.kill()
+        process.wait()
+    name = f"host {dead} ({socket.gethostname()}, process {process.pid}) shows no sign of life"
+    assert name in found[0] and str(alive.file_of(tmp_path, dead)) in found[0]
+    assert "not been touched for 1.5 seconds" in found[0] and "start this command again on all hosts" in found[0]
+    assert [path.name for path in (tmp_path / "alive").iterdir()] == [f"host-{dead}"]
+    results = {}
+    again = [threading.Thread(target=lambda n=n: results.update({n: prepare.prepare(silent, n, 2)})) for n in (0, 1)]
+    for host in again:
+        host.start()
+    for host in again:
+        host.join()
+    assert files_in(tmp_path) == one[2] and not list((tmp_path / "alive").iterdir()), "what was whole is gone on with"
+
+
+def test_a_host_that_never_comes_is_told(file, tmp_path):
+    with pytest.raises(UserError, match="the rows of the first host: host 0 .it has ended or did not start.*host-0 is"):
+        prepare.prepare(config_of(tmp_path, file), 1, 2, silence=0.2)
+
+
 class Killed(BaseException):
     """Ends a run where it stands, as a signal would."""
 
@@ -163,8 +247,8 @@ def test_a_run_killed_while_it_reads_goes_on(one, file, tmp_path, at, monkeypatc
     monkeypatch.setattr(prepare.files, "read_files", read)
     prepare.main(config)
     assert files_in(tmp_path) == one[2]
-    for name, time in before.items():
-        assert (tmp_path / "corpus" / "rows" / name).stat().st_mtime_ns == time, "a whole block is not written again"
+    for name, written in before.items():
+        assert (tmp_path / "corpus" / "rows" / name).stat().st_mtime_ns == written, "a whole block is not written again"
     assert bool(before) == (at > 150)
 
 
@@ -188,6 +272,22 @@ def test_a_run_killed_while_it_writes_shards_goes_on(one, file, tmp_path, monkey
     assert not [prefix for prefix in seen if prefix.endswith(("block00000", "block00001"))]
 
 
+def test_blocks_that_hosts_made_with_different_tokenizers_are_refused(file, tmp_path, monkeypatch):
+    config = config_of(tmp_path, file, "--config.data.processes=1")
+    of_one_host = shard.make_parts
+
+    def another_hosts(sharding, wanted, processes):
+        """The later blocks with the tokenizer that stands in the place of the student's on another machine."""
+        of_one_host(sharding, wanted[:2], processes)
+        of_one_host(sharding._replace(student_tokenizer=sharding.teacher_tokenizer), wanted[2:], processes)
+
+    monkeypatch.setattr(shard, "make_parts", another_hosts)
+    with pytest.raises(
+        UserError, match="block 2 of .*corpus was made with another student tokenizer than block 0: all"
+    ):
+        prepare.main(config)
+
+
 def test_what_was_seen_before_a_kill_is_known_after_it(rows, tmp_path, monkeypatch):
     """A text that repeats one of a finished block is refused, with a memory that is made again from the blocks."""
 
@@ -200,11 +300,12 @@ def test_what_was_seen_before_a_kill_is_known_after_it(rows, tmp_path, monkeypat
         def __init__(self):
             self.first, self.count = {}, 0
 
-        def admit(self, prints):
+        def admit(self, prints, stays):
             found = []
-            for value in prints[:, 0].tolist():
+            for n, value in enumerate(prints[:, 0].tolist()):
                 found.append(self.first.get(value, -1))
-                self.first.setdefault(value, self.count)
+                if value not in self.first and stays(n):
+                    self.first[value] = self.count
                 self.count += 1
             return np.array(found)
 
@@ -248,6 +349,74 @@ def test_the_second_row_with_an_id_is_refused_in_a_later_block_and_after_a_kill_
         assert len(facts) > 2 and kept == [row.id for row in [*rows[:400], other]]
         refused = [f["refused"][source] for f in facts for source in f["refused"]]
         assert sum((Counter(reasons) for reasons in refused), Counter()) == {"duplicate id": 3}
+
+
+@pytest.mark.parametrize("stop", [None, 250, 420])
+def test_a_text_that_its_id_keeps_out_may_come_again_under_another_id(rows, tmp_path, monkeypatch, stop):
+    """And a text that is in keeps its near doubles out, whatever its id."""
+    monkeypatch.setattr(gather, "_CHUNK", 50)
+    long = [replace(row, completion=f"{row.id} " + " ".join(f"{row.id}w{n}" for n in range(60))) for row in rows[:500]]
+
+    def near(row, id_):
+        return replace(row, id=id_, completion=row.completion + " again")
+
+    lost = replace(long[20], id=long[10].id, completion="lost " + " ".join(f"lost{n}" for n in range(60)))
+    shown = long[:100] + [lost, near(lost, "r-new")]  # in one chunk
+    shown += long[100:300] + [near(lost, "r-late"), near(long[5], "r-double"), replace(long[7], id="r7")]
+    shown += long[300:] + [replace(lost, id=long[11].id), near(lost, "r-later")]
+    options = {"cleaner": cleaner.RowCleaner(mend=False, personal="keep"), "characters": 20_000}
+
+    def made(stop):
+        def read(refusals):
+            yield from shown[:stop]
+            if stop is not None:
+                raise Killed
+
+        return gather.gather(read, tmp_path, tmp_path / "quarantine.jsonl", seen=Seen(), **options)
+
+    if stop is not None:
+        with pytest.raises(Killed):
+            made(stop)
+        assert blocks.facts(tmp_path)
+    facts = made(None)
+    kept = [row.id for n in range(len(facts)) for row in blocks.read(tmp_path, n)]
+    assert kept == [row.id for row in [*long[:100], near(lost, "r-new"), *long[100:]]]
+    refused = [json.loads(line) for n in range(len(facts)) for line in blocks.quarantine_file(tmp_path, n).open()]
+    assert [(one["row"], one["reason"]) for one in refused] == [
+        ("r10", "duplicate id"),
+        ("r-late", "duplicate"),
+        ("r-double", "duplicate"),
+        ("r7", "duplicate"),
+        ("r11", "duplicate"),
+        ("r-later", "duplicate"),
+    ]
+    assert refused[1]["detail"].endswith("as row 101 of those cleaned"), "rows that an id keeps out are counted too"
+
+
+def test_processes_that_make_blocks_and_shards_do_without_jax():
+    """It takes 150 MB in each of them; and what is freed can be given back."""
+    code = "import sys, distil_jax.shard, distil_jax.gather, distil_jax.data.cleaner as c; c.duplicates.prints([])"
+    code += "; print([name for name in ('jax', 'grain') if name in sys.modules])"
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PROJECT)
+    assert made.stdout == "[]\n"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library here has no malloc_trim")
+def test_freed_memory_is_given_back():
+    code = """if True:
+        import os
+        from distil_jax.data.pool import release_memory
+        def held():
+            return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        pieces = [bytes(2000) for _ in range(50_000)]
+        kept = pieces[::1000]  # between the others, so that the top of the heap is not free
+        del pieces
+        freed = held()
+        release_memory()
+        print(freed - held())
+    """
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PROJECT)
+    assert int(made.stdout) > 50e6, "of 100 MB"
 
 
 def _square(context, n):
@@ -319,7 +488,9 @@ def test_a_source_is_read_as_often_as_the_mixture_says(one, file, rows, tmp_path
 def test_prepare_tells_what_the_teacher_can_say_of_every_split(file, tmp_path, capsys):
     config = config_of(tmp_path, file)
     made = prepare.main(config)
-    said = capsys.readouterr().out
+    said, told = capsys.readouterr()
+    assert "prepare, rows read: 1504/1504 " in told, "1,500 rows and four lines that are none"
+    assert re.search(r"^prepare, blocks of shards: (\d+)/\1 ", told, re.MULTILINE)
     for split in ("train", "validation", "test"):
         found = made["alignment"][split]
         assert found["root"] + found["interior"] + found["crossing"] == pytest.approx(1, abs=2e-5)
@@ -405,6 +576,14 @@ def test_the_medical_corpus_is_cleaned_counted_and_told(medical_corpus):
     assert len({row.id for row in kept}) == len(kept) == sum(sum(s.values()) for s in made["sources"].values())
     assert len(kept) + made["quarantined"]["duplicate"] + 2 == sum(f["read"] for f in facts)
     assert {"cardiology", "anatomy", "infectious_diseases"} <= set(made["specialties"])
+    counted = Counter((row.source, row.specialty) for row in kept)
+    assert counted == {(s, n): c for s, by in made["specialties_by_source"].items() for n, c in by.items()}
+    stated = {"medmcqa", "pubmedqa", "covid_qa"}  # MedQuAD's "Disease" names none
+    assert set(made["specialties_agreed"]) == stated
+    for name in stated:
+        agreed = made["specialties_agreed"][name]
+        assert agreed["labelled"] == sum(row.source == name for row in kept) >= agreed["compared"] >= agreed["decided"]
+        assert f"specialties of {name}: {agreed['labelled']} rows have a label" in prepare.describe(made)
 
 
 def test_two_processes_and_a_kill_make_the_same_medical_corpus(medical_corpus, medical, tmp_path, monkeypatch):
@@ -426,6 +605,64 @@ def test_two_processes_and_a_kill_make_the_same_medical_corpus(medical_corpus, m
     monkeypatch.setattr(prepare.reading, "rows", read)
     prepare.main(config)
     assert files_in(tmp_path) == medical_corpus[2]
+
+
+@pytest.mark.parametrize(("mend", "reason"), [(False, "too long"), (True, "gigantic")])
+def test_a_gigantic_row_is_refused_by_its_name(rows, tmp_path, mend, reason):
+    file = tmp_path / "rows.jsonl"
+    sentences = "The patient was seen again after a week and was well. " * 40_000  # two megabytes
+    with file.open("w") as out:
+        for row in [*rows[:40], replace(rows[40], completion=sentences), *rows[41:80]]:
+            out.write(json.dumps({"id": row.id, "text": row.completion, "split": row.split}) + "\n")
+    config = config_of(tmp_path, file, f"--config.data.mend={mend}", "--config.student.vocab_size=330")
+    made = prepare.main(config)
+    refused = [json.loads(line) for line in (tmp_path / "corpus" / "quarantine.jsonl").read_text().splitlines()]
+    assert ("r40", reason) in [(one["row"], one["reason"]) for one in refused] and made["quarantined"][reason] == 1
+    assert sum(made["rows"].values()) + len(refused) == 80
+
+
+def test_a_file_that_is_cut_short_while_it_is_read_is_told(file, tmp_path, monkeypatch):
+    mine = tmp_path / "rows.jsonl"
+    shutil.copy(file, mine)
+    read = prepare.files.read_files
+
+    def cut(*args, **options):
+        for n, row in enumerate(read(*args, **options)):
+            if n == 500:
+                os.truncate(mine, mine.stat().st_size * 3 // 4)
+            yield row
+
+    monkeypatch.setattr(prepare.files, "read_files", cut)
+    with pytest.raises(UserError, match="rows.jsonl was changed while it was read"):
+        prepare.main(config_of(tmp_path / "work", mine))
+
+
+def test_a_damaged_block_of_rows_is_named(file, tmp_path, monkeypatch):
+    config = config_of(tmp_path, file, "--config.data.processes=1")
+
+    def killed(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard, "make_parts", killed)
+        with pytest.raises(Killed):
+            prepare.main(config)
+    block = tmp_path / "corpus" / "rows" / "00001.parquet"
+    block.write_bytes(block.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"rows/00001.parquet cannot be read \(.*delete .*corpus and prepare it again"):
+        prepare.main(config)
+
+
+def test_how_many_rows_there_will_be_is_known_before(medical, tmp_path, file):
+    assert prepare.rows_to_read(config_of(tmp_path, file))[2] == 1504
+    read, _, expected = prepare.rows_to_read(medical_config(tmp_path, medical))
+    refusals = gather.Refusals(tmp_path / "q.jsonl")
+    assert sum(1 for _ in read(refusals)) + refusals.total == expected
+    hub = prepare.rows_to_read(medical_config(tmp_path, medical, "--config.data.root=hub"))[2]
+    rows = {source.name: source.rows for source in prepare.catalogue.chosen(CHOSEN.split(","))}
+    assert hub == sum(rows.values()) + 211_269 - 1_000, "two rows of a record, and the labelled part is off"
+    (tmp_path / "more.csv").write_text("text\nx\n")
+    assert prepare.rows_to_read(config_of(tmp_path, f"{file},{tmp_path / 'more.csv'}"))[2] == 0, "not counted"
 
 
 def test_settings_of_the_data_that_are_none_are_refused(file, medical, tmp_path):

@@ -1,6 +1,9 @@
 """The 18 sources in their true schemas: what each gives, what is refused, what stops, and where reading goes on."""
 
+import errno
+import io
 import json
+import os
 import sys
 from dataclasses import replace
 
@@ -256,6 +259,86 @@ def test_names_choose_sources_and_parts():
         with pytest.raises(UserError) as error:
             chosen(names)
         assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"question": ' + b"[" * 10**5, b'{"cop": ' + b"9" * 5000 + b"}", b"[1]", b"null", b'{"a']
+)
+def test_a_line_that_is_no_record_costs_itself_alone(line, tmp_path):
+    source = chosen(["medmcqa"])[0]
+    file = put(tmp_path, source, source.parts[0], [MEDMCQA, MEDMCQA], suffix=".jsonl")
+    first, second = file.read_bytes().splitlines()
+    file.write_bytes(b"\n".join([first, line, second]))
+    rows, refused = read(source, tmp_path, tmp_path)
+    assert len(rows) == 2 and refused == [(2, "malformed JSON")]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "latin-1", "utf-16", "utf-16-le", "utf-32"])
+def test_a_file_in_another_encoding_is_told_or_its_rows_refused(encoding, suffix, tmp_path):
+    source = chosen(["flashcards"])[0]
+    file = put(tmp_path, source, source.parts[0], [ALPACA], suffix=suffix)
+    records = [ALPACA | {"input": "naïve?"}, ALPACA | {"input": "What is a?"}]
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    if suffix == ".json":
+        text = json.dumps(records, ensure_ascii=False)
+    if suffix == ".csv":
+        text = "".join(",".join(row) + "\r\n" for row in [ALPACA.keys(), *(record.values() for record in records)])
+    file.write_bytes(text.encode(encoding))
+    if encoding.startswith(("utf-16", "utf-32")):
+        with pytest.raises(UserError, match=f"source flashcards: .*{suffix} is no UTF-8 text.*write it as UTF-8"):
+            read(source, tmp_path, tmp_path)
+        return
+    rows, refused = read(source, tmp_path, tmp_path)
+    asked = [row.meta["question"] for row in rows]
+    assert asked == (["What is a?"] if encoding == "latin-1" else ["naïve?", "What is a?"])
+    assert refused == ([(2 if suffix == ".csv" else 1, "not UTF-8")] if encoding == "latin-1" else [])
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".json", ".csv"])
+def test_a_source_that_vanishes_half_way_is_told(suffix, tmp_path):
+    source = chosen(["flashcards"])[0]
+    for shard in range(2):
+        file = put(tmp_path, source, source.parts[0], [ALPACA], name=f"train-{shard}", suffix=suffix)
+        if suffix == ".csv":
+            file.write_text("instruction,input,output\ndo,this,that\n")
+    with Quarantine(tmp_path / "q.jsonl") as quarantine:
+        rows = reading.rows(source, str(tmp_path), quarantine)
+        next(rows)
+        file.unlink()
+        with pytest.raises(
+            UserError, match=f"source flashcards: .*train-1{suffix} (cannot be read|is not a whole).*No such"
+        ):
+            list(rows)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".json"])
+def test_a_disk_that_fails_is_told_with_the_row_reached(suffix, tmp_path):
+    """A file whose second half cannot be read, as a mount that has gone gives an error and no end."""
+    records = "".join(json.dumps({"text": f"{n} " + "x" * 300}) + "\n" for n in range(100))
+    if suffix == ".csv":
+        records = "text\n" + "".join(f"{n} {'x' * 300}\n" for n in range(100))
+    if suffix == ".json":
+        records = f"[{records.strip().replace(chr(10), ',')}]"
+
+    class Broken(io.FileIO):
+        def readinto(self, buffer):
+            if self.tell() >= 16384:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().readinto(memoryview(buffer)[: 16384 - self.tell()])
+
+    (tmp_path / f"a{suffix}").write_text(records)
+
+    def opened(path, mode="r", **how):
+        raw = io.BufferedReader(Broken(path))
+        return raw if mode == "rb" else io.TextIOWrapper(raw, **how)
+
+    with pytest.MonkeyPatch.context() as patch, Quarantine(tmp_path / "q.jsonl") as quarantine:
+        patch.setattr(formats, "open", opened, raising=False)
+        patch.setattr(formats, "_PEEK_ROWS", 1)
+        with pytest.raises(UserError, match=rf"a\{suffix} breaks off after row \d+ \(Input/output error\); check that"):
+            _, found = formats.READERS[suffix](tmp_path / f"a{suffix}", quarantine)
+            list(found)
 
 
 def test_a_file_that_breaks_off_says_how_far_it_was_read(tmp_path):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from distil_jax.data import hpo, specialties
+from distil_jax.data import adapters, hpo, labels, specialties
 from distil_jax.data.catalogue import MMLU_CONFIGS
-from distil_jax.data.rows import Quarantine
+from distil_jax.data.rows import Quarantine, Row
 from distil_jax.data.specialties import OTHER, SPECIALTIES, Agreement, agreement, classify
 
 SUBJECTS = (
@@ -57,6 +57,7 @@ def test_agreement_counts_by_hand():
     assert table["ophthalmology"] == {"texts": 1, "precision": 0.5, "recall": 1.0}
     assert table[OTHER] == {"texts": 0, "precision": 0.0, "recall": None}
     assert a.overall() == {"texts": 4, "decided": 0.75, "accuracy": 2 / 3}
+    assert a.counts() == {"decided": 3, "agreed": 2}
     with pytest.raises(ValueError, match="'heart' is no specialty"):
         agreement([("atrial", "heart")])
 
@@ -70,3 +71,46 @@ def test_on_the_embedded_definitions_it_is_right_seven_times_of_ten(tmp_path):
     assert overall["texts"] > 14_000 and overall["decided"] > 0.6 and overall["accuracy"] > 0.7
     heart = found.table()["cardiology"]
     assert heart["precision"] > 0.85 and heart["recall"] > 0.55
+
+
+def row(n: int, text: str, specialty: str, source: str = "exam", **meta) -> Row:
+    return Row(f"r{n}", source, "train", "CC0", specialty, "QA", "Question: ", text, meta=meta)
+
+
+def test_labels_are_counted_beside_what_the_words_name():
+    rows = [
+        row(0, "mitral valve", "cardiology", labelled=True),
+        row(1, "mitral valve", "anatomy", labelled=True),  # decided, and another
+        row(2, "no such word", "anatomy", labelled=True),  # not decided
+        row(3, "retina", "ophthalmology", labelled=False),  # a guess of ours is no label
+        row(4, "retina", "ophthalmology", source="guessed"),
+        row(5, "retina", "ophthalmology", source="articles", labelled=True),
+    ]
+    found = labels.compared(rows)
+    assert found == {
+        "exam": {"labelled": 3, "compared": 3, "decided": 2, "agreed": 1},
+        "articles": {"labelled": 1, "compared": 1, "decided": 1, "agreed": 1},
+    }
+    assert labels.describe(found)[0] == (
+        "specialties of exam: 3 rows have a label; of 3 of them the words decide 2, 50.0% of them as the labels"
+    )
+    none = {"exam": {"labelled": 1, "compared": 1, "decided": 0, "agreed": 0}}
+    assert labels.describe(none) == ["specialties of exam: 1 rows have a label; of 1 of them the words decide 0"]
+    assert labels.by_source(rows)["exam"] == {"cardiology": 1, "anatomy": 2, "ophthalmology": 1}
+
+
+def test_a_sample_of_the_labels_comes_from_all_over_the_block(monkeypatch):
+    monkeypatch.setattr(labels, "SAMPLE", 8)
+    texts = ["mitral valve"] * 25 + ["nothing"] * 75  # a quarter is decided
+    found = labels.compared([row(n, text, "cardiology", labelled=True) for n, text in enumerate(texts)])
+    assert found == {"exam": {"labelled": 100, "compared": 8, "decided": 2, "agreed": 2}}
+
+
+def test_the_line_of_a_prompt_that_tells_the_label_is_not_read():
+    record = {"question": "Which of these is one?", "subject": "virology", "choices": ["a", "b"], "answer": 0}
+    (fields,) = adapters.mmlu(record)
+    told = row(0, fields.completion, fields.specialty, labelled=True, **fields.meta)
+    told = Row(**(vars(told) | {"prompt": fields.prompt}))
+    assert classify(fields.prompt) == fields.specialty == "microbiology"
+    assert labels.text_of(told).startswith("Which of these is one?") and labels.text_of(told).endswith(" A. a")
+    assert labels.compared([told])["exam"]["decided"] == 0

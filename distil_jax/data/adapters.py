@@ -98,7 +98,8 @@ def mmlu(record: Record) -> list[Fields]:
     about = subject.replace("_", " ")
     head = f"The following are multiple choice questions (with answers) about {about}.\n\n"
     specialty = specialties.of_mmlu(subject)
-    return [_choice(f"{head}{asked}\n{listed}\nAnswer:", asked, options, record["answer"], specialty, topic=about)]
+    more = {"topic": about, "tells_label": head}
+    return [_choice(f"{head}{asked}\n{listed}\nAnswer:", asked, options, record["answer"], specialty, **more)]
 
 
 def medmcqa(record: Record) -> list[Fields]:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distil_jax.data.rows import Row
+from distil_jax.errors import UserError
 from distil_jax.manifest import write_json_atomic
 
 CHARACTERS = 4_000_000  # of text in a block: some million tokens, 150 MB while they are packed
@@ -49,8 +50,14 @@ def facts(folder: Path) -> list[dict[str, Any]]:
 
 
 def read(folder: Path, number: int) -> list[Row]:
-    """The rows of a block."""
-    return [_row(record) for record in pq.read_table(folder / f"{number:05d}.parquet", schema=_SCHEMA).to_pylist()]
+    """The rows of a block. Raises UserError if its file is missing or damaged."""
+    file = folder / f"{number:05d}.parquet"
+    try:
+        records = pq.read_table(file, schema=_SCHEMA).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        text = f"{file} cannot be read ({str(error).splitlines()[0]}): delete {folder.parent} and prepare it again"
+        raise UserError(text) from error
+    return [_row(record) for record in records]
 
 
 def quarantine_file(folder: Path, number: int) -> Path:

@@ -19,7 +19,8 @@ class Part:
     config: the hub's name of it, "" where the repository has one alone. files: which files of the config's folder hold
     the split, as a pattern of their paths in it. export: where the repository has only a loading script, which
     `datasets` no longer runs, the files of the hub's own Parquet export. columns: those that are needed, where they
-    differ from the source's. off: why it is left out although its source is on; "" if it is not.
+    differ from the source's. off: why it is left out although its source is on; "" if it is not. rows: records that its
+    card counts, where the source has several parts; makes: rows of a record.
     """
 
     config: str = ""
@@ -28,6 +29,8 @@ class Part:
     export: str = ""
     columns: tuple[str, ...] = ()
     off: str = ""
+    rows: int = 0
+    makes: int = 1
 
     @property
     def name(self) -> str:
@@ -86,8 +89,14 @@ SOURCES = (
         *("apache-2.0", 182_822, True),
         "The largest set of exam questions, each with its subject; the training split alone.",
         (
-            Part(files="*train*"),
-            Part("", "validation", "*validation*", off="the harness evaluates MedMCQA on its validation split"),
+            Part(files="*train*", rows=182_822),
+            Part(
+                "",
+                "validation",
+                "*validation*",
+                off="the harness evaluates MedMCQA on its validation split",
+                rows=4_183,
+            ),
         ),
     ),
     Source(
@@ -117,9 +126,14 @@ SOURCES = (
         *("pubmedqa", "qiaojin/PubMedQA", adapters.pubmedqa, _PUBMEDQA, "MIT", 273_469, True),
         "Questions that an abstract answers, with MeSH terms; the expert-labelled part is left to the evaluation.",
         (
-            Part("pqa_artificial", files="*train*"),
-            Part("pqa_unlabeled", files="*train*", columns=_PUBMEDQA[:-1]),
-            Part("pqa_labeled", files="*train*", off="half of its 1,000 rows are the harness's PubMedQA test"),
+            Part("pqa_artificial", files="*train*", rows=211_269, makes=2),
+            Part("pqa_unlabeled", files="*train*", columns=_PUBMEDQA[:-1], rows=61_200),
+            Part(
+                *("pqa_labeled", "train", "*train*"),
+                off="half of its 1,000 rows are the harness's PubMedQA test",
+                rows=1_000,
+                makes=2,
+            ),
         ),
     ),
     Source(

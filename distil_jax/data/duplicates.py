@@ -9,7 +9,7 @@ repeat each other: there one word, such as "left" or "increased", may be all tha
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Int64, UInt64
@@ -65,21 +65,26 @@ class Seen:
         self._recent: list[dict[int, int]] = [{} for _ in range(1 + BANDS)]
         self._recent_from = 0
 
-    def admit(self, prints: Prints) -> Int64[np.ndarray, " n"]:
+    def admit(self, prints: Prints, stays: Callable[[int], bool] = lambda n: True) -> Int64[np.ndarray, " n"]:
         """For each text, in order, the number of the earlier one that it repeats, or -1 if it is new. Numbers count all
-        texts shown, from 0."""
+        texts shown, from 0. `stays`: asked of each that is new; one that does not stay for another reason is not
+        remembered. The result does not depend on how many texts are shown at once.
+        """
         keys = _keys(prints)
-        older = self._in_levels(keys)
+        older, start = self._in_levels(keys), 0  # of the texts from `start` on
         found = np.full(len(prints), -1, np.int64)
         for n in range(len(prints)):
-            places = set(older[n][older[n] >= 0].tolist())
+            places = set(older[n - start][older[n - start] >= 0].tolist())
             places |= {place for band, key in zip(self._recent, keys[n].tolist(), strict=True)
                        if (place := band.get(key)) is not None}  # fmt: skip
             place = self._first_equal(prints[n], places)
             if place >= 0:
                 found[n] = self._number[place]
-            else:
+            elif stays(n):
                 self._keep(prints[n], keys[n], self.count + n)
+                if self._kept - self._recent_from == _RECENT:
+                    self._sort_in()
+                    older, start = self._in_levels(keys[n + 1 :]), n + 1
         self.count += len(prints)
         return found
 
@@ -102,8 +107,6 @@ class Seen:
         for band, key in zip(self._recent, keys.tolist(), strict=True):
             band.setdefault(key, self._kept)
         self._kept += 1
-        if self._kept - self._recent_from == _RECENT:
-            self._sort_in()
 
     def _sort_in(self) -> None:
         """The recent texts become a level; levels of one size become one, so there are few."""

@@ -8,6 +8,7 @@ malformed goes to the quarantine; a file that breaks off raises UserError with t
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 from collections.abc import Callable, Collection, Iterator
@@ -24,6 +25,7 @@ _PEEK_ROWS = 100  # JSON has no header: the keys of the first rows stand for one
 
 def read_jsonl(path: Path, quarantine: Quarantine, wanted: Collection[str] | None = None, after: int = 0) -> Table:
     """One object a line."""
+    _check_encoding(path)
 
     def records():
         with open(path, "rb") as file:
@@ -36,7 +38,7 @@ def read_jsonl(path: Path, quarantine: Quarantine, wanted: Collection[str] | Non
                     record = json.loads(line.decode("utf-8"))
                 except UnicodeDecodeError as error:
                     quarantine.add(path, number, "not UTF-8", str(error))
-                except (json.JSONDecodeError, RecursionError) as error:
+                except (ValueError, RecursionError) as error:  # also a number of more than 4,300 digits
                     reason = "malformed JSON" if line.strip() else "empty line"
                     quarantine.add(path, number, reason, str(error))
                 else:
@@ -45,11 +47,43 @@ def read_jsonl(path: Path, quarantine: Quarantine, wanted: Collection[str] | Non
                     else:
                         quarantine.add(path, number, "malformed JSON", "not an object with named fields")
 
-    return peeked(records())
+    return peeked(_guarded(path, records()))
+
+
+def _check_encoding(path: Path) -> None:
+    """Raises UserError for a file that cannot be read or that is not written in bytes of text, as UTF-16 is not."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(1024)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check that it is there, and start again") from error
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or head.count(0) > len(head) / 4:
+        raise UserError(f"{path} is no UTF-8 text: it begins as UTF-16, UTF-32 or binary data do; write it as UTF-8")
+
+
+def _guarded(path: Path, records: Iterator[tuple[int, dict]]) -> Iterator[tuple[int, dict]]:
+    """The records; a disk or a mount that fails is told with the row reached."""
+    number = 0
+    try:
+        for number, record in records:
+            yield number, record
+    except OSError as error:
+        text = f"{path} breaks off after row {number} ({error.strerror}); check that it is there, and start again"
+        raise UserError(text) from error
+
+
+def count_jsonl(path: Path) -> int:
+    """Lines."""
+    with open(path, "rb") as file:
+        count, last = 0, b"\n"
+        while piece := file.read(1 << 20):
+            count, last = count + piece.count(b"\n"), piece[-1:]
+    return count + (last != b"\n")
 
 
 def read_json(path: Path, quarantine: Quarantine, wanted: Collection[str] | None = None, after: int = 0) -> Table:
     """One array of objects, decoded one object at a time: a corpus of gigabytes needs no memory of its own size."""
+    _check_encoding(path)
 
     def records():
         number = 0
@@ -61,7 +95,7 @@ def read_json(path: Path, quarantine: Quarantine, wanted: Collection[str] | None
                     first.back()
                 try:
                     record = first.value()
-                except (json.JSONDecodeError, RecursionError) as error:
+                except (ValueError, RecursionError) as error:
                     text = f"{path} breaks off after row {number} ({error}); copy or write it again"
                     raise UserError(text) from error
                 number += 1
@@ -72,7 +106,7 @@ def read_json(path: Path, quarantine: Quarantine, wanted: Collection[str] | None
                 else:
                     quarantine.add(path, number, "malformed JSON", "not an object with named fields")
 
-    return peeked(records())
+    return peeked(_guarded(path, records()))
 
 
 class _Stream:
@@ -124,6 +158,7 @@ def peeked(records: Iterator[tuple[int, dict]]) -> Table:
 
 def read_csv(path: Path, quarantine: Quarantine, wanted: Collection[str] | None = None, after: int = 0) -> Table:
     """Commas and double quotes, and a line of column names; every value is text."""
+    _check_encoding(path)
     csv.field_size_limit(2**31 - 1)  # the default, 131072 characters, is less than one long document
 
     def lines():
@@ -159,7 +194,7 @@ def read_csv(path: Path, quarantine: Quarantine, wanted: Collection[str] | None 
             else:
                 yield number, dict(zip(columns, values, strict=True))
 
-    return columns, records()
+    return columns, _guarded(path, records())
 
 
 def read_parquet(path: Path, quarantine: Quarantine, wanted: Collection[str] | None = None, after: int = 0) -> Table:
@@ -216,6 +251,24 @@ def _decoded(value: bytes | None) -> str | bytes | None:
         return value if value is None else value.decode("utf-8")
     except UnicodeDecodeError:
         return value
+
+
+def count_parquet(path: Path) -> int:
+    """Rows, as the file says; 0 where it cannot be read, which reading it will tell."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_metadata(path).num_rows
+    except (pa.ArrowException, OSError):
+        return 0
+
+
+def count(path: Path) -> int:
+    """How many records a file has, bad ones too; 0 where that takes as long as reading it."""
+    counters = {".jsonl": count_jsonl, ".parquet": count_parquet}
+    counter = counters.get(path.suffix.lower())
+    return counter(path) if counter else 0
 
 
 READERS: dict[str, Callable[..., Table]] = {

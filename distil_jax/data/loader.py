@@ -14,7 +14,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
-import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import Int32
@@ -147,6 +146,8 @@ class Loader:
             raise UserError(
                 f"{joined.records} records were made for the {self.records} of {directory}: make them again"
             )
+        import grain  # with JAX it takes 150 MB, and the processes that only write shards do without
+
         paths = [str(Path(directory) / entry["name"]) for entry in files]
         self._rows = grain.MapDataset.source(grain.sources.ArrayRecordDataSource(paths)).map(self._decode)
         if joined is not None:

@@ -19,7 +19,7 @@ from typing import Any
 from distil_jax.data import specialties
 from distil_jax.data.adapters import Fields, Refused
 from distil_jax.data.catalogue import Part, Source
-from distil_jax.data.formats import READERS, Table, peeked
+from distil_jax.data.formats import READERS, Table, count, peeked
 from distil_jax.data.rows import Quarantine, Row, split_of
 from distil_jax.errors import UserError, nearest
 
@@ -55,6 +55,16 @@ def units(source: Source, root: str) -> list[Unit]:
     if not is_folder(root):
         return [Unit(source, part, root, part.split) for part in source.parts]
     return [Unit(source, part, root, str(file)) for part in source.parts for file in _files(source, part, Path(root))]
+
+
+def expected(source: Source, root: str) -> int:
+    """About how many rows a source has, those that will be refused too: from the files, or from the source's card. 0
+    where neither says it. Raises UserError as `units`."""
+    found = []
+    for unit in units(source, root):
+        card = unit.part.rows or (source.rows if len(source.parts) == 1 else 0)
+        found.append((count(Path(unit.file)) if is_folder(root) else card) * unit.part.makes)
+    return sum(found) if all(found) else 0
 
 
 def records(source: Source, root: str, quarantine: Quarantine) -> Iterator[tuple[str, int, dict[str, Any]]]:
@@ -138,7 +148,7 @@ def unit_rows(
                 prompt=fields.prompt,
                 completion=completion,
                 messages=fields.messages,
-                meta=fields.meta,
+                meta={**fields.meta, "labelled": bool(fields.specialty)},
             )
     refused = quarantine.total - before
     if not used and not after:

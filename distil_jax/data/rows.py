@@ -34,7 +34,8 @@ class Row:
 
     `meta`: what a source says of the row, beside its text. Where it has them: `question` (bare), `answer` (text of the
     right answer), `options` (list of texts), `topic`, `context`, and `cluster`: rows of equal clusters must stand on
-    the same side of the held-out split.
+    the same side of the held-out split. `labelled`: the specialty is what the source states and not a guess from the
+    words; `tells_label`: the beginning of the prompt, where it states it in words.
     """
 
     id: str

@@ -137,16 +137,20 @@ class Agreement:
             for s in sorted(set(labels) | set(named))
         }
 
+    def counts(self) -> dict[str, int]:
+        """Of all texts with a label but "other": those that were `decided`, and those of them that `agreed`."""
+        decided = [(pair, n) for pair, n in self.pairs.items() if OTHER not in pair]
+        agreed = sum(n for (label, name), n in decided if label == name)
+        return {"decided": sum(n for _, n in decided), "agreed": agreed}
+
     def overall(self) -> dict[str, float]:
         """Of all texts with a label but "other": the share that was decided, and the share of those that is right."""
-        labelled = {pair: n for pair, n in self.pairs.items() if pair[0] != OTHER}
-        total = sum(labelled.values())
-        decided = sum(n for (_, name), n in labelled.items() if name != OTHER)
-        right = sum(n for (label, name), n in labelled.items() if label == name)
+        total = sum(n for (label, _), n in self.pairs.items() if label != OTHER)
+        decided, agreed = self.counts().values()
         return {
             "texts": total,
             "decided": decided / total if total else 0.0,
-            "accuracy": right / decided if decided else 0.0,
+            "accuracy": agreed / decided if decided else 0.0,
         }
 
 
