@@ -135,11 +135,13 @@ def _guarded(action: Callable[[], int]) -> int:
         return 141
     except Exception as error:
         status, line = _told(error)
-        if line is None or debug:
+        if debug or line is None and hosts.count() > 1:
             traceback.print_exc()
         if line is not None:
             print("error: " + " ".join(line.split("\n")), file=sys.stderr)
         hosts.failed(status, line or repr(error))
+        if line is None:
+            raise
         return status
 
 

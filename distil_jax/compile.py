@@ -70,6 +70,8 @@ def mesh_of(config: Any, topology: str, first: int = 0) -> Any:
     # Both are read when libtpu is loaded: no word to a metadata server, no look for a TPU.
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    for level in ("TPU_MIN_LOG_LEVEL", "TPU_STDERR_LOG_LEVEL"):
+        os.environ.setdefault(level, "3")
     import jax
     from jax.experimental import topologies
 
@@ -105,6 +107,7 @@ def compiled(config: Any, run: str, mesh: Any, chip: chips.Chip, rows: int = 0) 
 
     from distil_jax.plan import plan
 
+    jax.config.update("jax_enable_compilation_cache", False)  # what it holds cannot be loaded without the chips
     started = time.monotonic()
     planned = plan(config, run, mesh, rows)
     rows = planned.batch["student_tokens"].shape[0]

@@ -1,12 +1,13 @@
 """What a compiled program sends between devices, read from its text.
 
-XLA names the body of a loop once, however often it runs; here every operation counts as often as the loops around it,
-whose trip counts XLA notes where it knows them.
+XLA names the body of a loop once, however often it runs; here every operation counts as often as the loops around it
+turn: as XLA notes, or else as the condition says, which compares a counter from 0 with a constant. A branch counts as
+taken, and a loop that says neither counts as one turn.
 """
 
 import re
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-permute", "ragged-all-to-all")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
@@ -15,7 +16,10 @@ _OPERATION = re.compile(rf"= (\(?.*?\)?) ({'|'.join(KINDS)})(?:-start)?\(")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
 _CALLED_OF_OLD = re.compile(r"(?:true|false)_computation=%?([\w.\-]+)")
-_BODY = re.compile(r"body=%?([\w.\-]+)")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_CONSTANT = re.compile(r"%?([\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)")
+_LESS = re.compile(r"ROOT .* compare\([^,]*, %?([\w.\-]+)\), direction=LT")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
@@ -33,13 +37,19 @@ def collectives(text: str) -> list[Collective]:
     """All of them, those that move most first."""
     computations, entry = _computations(text)
     runs = _runs(computations, entry)
-    found: Counter[tuple[str, str, tuple[int, ...], int]] = Counter()
+    once: dict[Any, tuple[tuple[str, str, tuple[int, ...], int], int]] = {}
     for name, lines in computations.items():
-        for line in lines:
+        for number, line in enumerate(lines):
             if (match := _OPERATION.search(line)) and runs[name]:
                 dtype, shape, size = max((_array(*a) for a in _ARRAY.findall(match[1])), key=lambda a: a[2])
-                found[match[2], dtype, shape, size] += runs[name]
-    made = [Collective(kind, dtype, shape, n, size) for (kind, dtype, shape, size), n in found.items()]
+                # A TPU moves an array in pieces beside other work, each of which names the operation and its channel.
+                channel = (match[2], found[1]) if (found := _CHANNEL.search(line)) else (name, number)
+                times = min(runs[name], once[channel][1]) if channel in once else runs[name]
+                once[channel] = ((match[2], dtype, shape, size), times)
+    total: Counter[tuple[str, str, tuple[int, ...], int]] = Counter()
+    for what, times in once.values():
+        total[what] += times
+    made = [Collective(kind, dtype, shape, n, size) for (kind, dtype, shape, size), n in total.items()]
     return sorted(made, key=lambda c: -c.count * c.bytes)
 
 
@@ -66,13 +76,20 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return computations, entry
 
 
+def _limit(condition: list[str]) -> int:
+    """How often a loop turns whose condition this is."""
+    constants = {found[1]: int(found[2]) for line in condition if (found := _CONSTANT.search(line))}
+    less = [found[1] for line in condition if (found := _LESS.search(line))]
+    return constants.get(less[0], 1) if less else 1
+
+
 def _runs(computations: dict[str, list[str]], entry: str) -> Counter[str]:
     """How often each computation runs: in a loop as often as it turns, once where XLA does not say how often."""
     edges: dict[str, list[tuple[str, int]]] = {}
     for name, lines in computations.items():
         for line in lines:
-            trips = int(found[1]) if (found := _TRIPS.search(line)) else 1
-            body = found[1] if (found := _BODY.search(line)) else None
+            condition, body = found.groups() if (found := _LOOP.search(line)) else ("", "")
+            trips = int(found[1]) if (found := _TRIPS.search(line)) else _limit(computations.get(condition, []))
             for one, several in _CALLED.findall(line):
                 for called in [one] if one else [part.strip().lstrip("%") for part in several.split(",")]:
                     edges.setdefault(name, []).append((called, trips if called == body else 1))

@@ -21,8 +21,6 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import numpy as np
-
 from distil_jax.errors import HOST_LOST, INPUT, UserError
 
 VARIABLE = "DISTIL_JAX_HOSTS"
@@ -113,6 +111,7 @@ class AnyOf:
             return
         import jax
         import jax.numpy as jnp
+        import numpy as np
         from jax.sharding import NamedSharding, PartitionSpec
 
         lies = NamedSharding(mesh, PartitionSpec(mesh.axis_names))

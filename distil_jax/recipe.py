@@ -56,29 +56,34 @@ def make(
     o, t = config.objective, run.training
     common = {"block": o.block, "compute_dtype": t.compute_dtype, "remat": t.remat, "mesh": mesh}
     common["adapter_scale"] = learners.adapter_scale(config, run.side)
+    everywhere = sharding.replicated(mesh)  # else each step would send it out from the first device
     if run.side == "teacher":
-        return Objective(model, "teacher", **common), Frozen(jnp.ones(1))
-    weights = jnp.asarray(weights_of(o, corpus))
+        return Objective(model, "teacher", **common), Frozen(jax.device_put(jnp.ones(1), everywhere))
+    weights = jax.device_put(weights_of(o, corpus), everywhere)
     if run.name in variants.UNTAUGHT:
         smoothing = o.label_smoothing if run.name == "smoothing" else 0.0
         return Objective(model, label_smoothing=smoothing, **common), Frozen(weights)
     work.require("projection")
     projection = projection_of(work, tables)
-    learned = projection.rows() if o.learn_projection and o.kind == "projected" else None
+    learned = None
+    if o.learn_projection and o.kind == "projected":
+        learned = jax.device_put(projection.rows(), everywhere)
     common |= teaching(o, t.steps)
     if work.scores_are_stored():
         temperatures = tuple(work.require("scores")["temperatures"])
-        W = jax.device_put(projection.rows(), sharding.replicated(mesh))
+        W = jax.device_put(projection.rows(), everywhere)
         return Objective(model, scores=temperatures, **common), Frozen(weights, projection=W, rows=learned)
     teacher, teacher_params = learners.teacher(work, mesh, config.teacher.dtype)
     alignment = alignment_of(o, model, teacher, t.steps)
     if rival := common["rival"]:
-        known = jax.device_put(rival.tables(tables["teacher"], tables["student"]), sharding.replicated(mesh))
+        known = jax.device_put(rival.tables(tables["teacher"], tables["student"]), everywhere)
         objective = Objective(model, teacher=teacher, alignment=alignment, **common)
         return objective, Frozen(weights, teacher_params, rival=known)
     shards = Shards.of(mesh)
     table, rows = place(projection.table(), shards), None
-    if shards.size > 1:
+    if shards.size == 1:
+        table = jax.device_put(table, everywhere)
+    else:
         specs = PlacedTable.specs(shards, rest=table.rest is not None)
         lies = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
         table = jax.device_put(table, lies)
@@ -87,7 +92,7 @@ def make(
     inside = None
     if objective.positions == "all":
         prefixes = jax.tree.map(jnp.asarray, PrefixTables.build(tables["teacher"], tables["student"]))
-        inside = jax.device_put(conditional.Tables(prefixes, projection.rows()), sharding.replicated(mesh))
+        inside = jax.device_put(conditional.Tables(prefixes, projection.rows()), everywhere)
     return objective, Frozen(weights, teacher_params, table, learned, inside, rows)
 
 

@@ -29,6 +29,7 @@ from distil_jax.eval import likelihood
 from distil_jax.gather import Refusals
 from distil_jax.metrics import read_metrics
 from distil_jax.models.int8 import cast
+from distil_jax.plan import plan
 from distil_jax.projection import Projection
 from distil_jax.tables import models_of
 from distil_jax.tokens.align import ROOT, align_ids
@@ -219,6 +220,7 @@ def test_a_second_run_skips_everything_and_a_changed_key_remakes_only_what_reads
 STAGES = ("corpus", "teacher", "projection", "control", "smoothing", "distilled", "hot", "evaluate", "export", "report")
 # Read in training, and no part of what is made: where, on what, beside which other runs, in which pieces it is scored.
 HOW_NOT_WHAT = {"workdir", "mesh", "runs", "export.run", "evaluation.batch_size"}
+HOW_NOT_WHAT |= {"teacher.spread", "watch.hang_seconds", "watch.profile", "watch.tensorboard", "watch.wandb"}
 HOW_NOT_WHAT |= {"data.files"}  # in the key by size and time of each file
 # Say which stages there are; in the keys of those that need the teacher, or learn from its scores.
 HOW_NOT_WHAT |= {"teacher.adapt", "teacher.scores"}
@@ -414,6 +416,48 @@ def test_too_many_updates_that_are_not_finite_end_the_run_and_name_the_rows(corp
         UserError, match=r"3 updates were not finite, the last by step \d+, whose batch holds documents \d+,"
     ):
         train.train(config, "control")
+
+
+@pytest.mark.parametrize("run", ["teacher", "control", "distilled"])
+@pytest.mark.parametrize("mesh", ["data:8", "data:2,fsdp:2,tensor:2"])
+def test_a_plan_describes_the_arguments_of_the_step_that_training_runs(corpus_only, monkeypatch, run, mesh):
+    """The real state, frozen part and batch of a run, caught at its first step, against the plan's descriptions."""
+    config = corpus_only(mesh=mesh)
+    caught = {}
+
+    class Caught(Exception):
+        pass
+
+    def catching(*args, **kwargs):
+        def first(state, frozen, batch):
+            caught.update(state=state, frozen=frozen, batch=batch)
+            raise Caught
+
+        return first
+
+    monkeypatch.setattr(train, "make_step", catching)
+    if run == "teacher":
+        with config.unlocked():
+            config.teacher.training.steps += 1  # another run than the one that is there
+    with pytest.raises(Caught):
+        train.train(config, run)
+    planned = plan(config, run, learners.mesh_of(config))
+    estimated = ("projection", "inside", "teacher_rows", "specialty_weights_S")  # in them the number of entries is
+    real = {"state": caught["state"], "batch": caught["batch"]}
+    real["frozen"] = caught["frozen"]._replace(**dict.fromkeys(estimated))
+    described = {"state": planned.state, "batch": planned.batch}
+    described["frozen"] = planned.frozen._replace(**dict.fromkeys(estimated))
+    assert jax.tree.structure(real) == jax.tree.structure(described)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(real), jax.tree.leaves(described), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), path
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim), (path, a.sharding, b.sharding)
+    if (W := planned.frozen.projection) is not None and caught["frozen"].projection.rest is None:
+        planned = planned._replace(frozen=planned.frozen._replace(projection=W._replace(rest=None)))
+    for name in estimated:  # the same kinds of array, of other lengths
+        a, b = getattr(caught["frozen"], name), getattr(planned.frozen, name)
+        assert jax.tree.structure(a) == jax.tree.structure(b), name
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            assert (x.ndim, x.dtype) == (len(y.shape), y.dtype) and x.sharding.is_equivalent_to(y.sharding, x.ndim)
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path, definitions):
