@@ -1,8 +1,8 @@
 """What a compiled program sends between devices, read from its text.
 
 XLA names the body of a loop once, however often it runs; here every operation counts as often as the loops around it
-turn: as XLA notes, or else as the condition says, which compares a counter from 0 with a constant. A branch counts as
-taken, and a loop that says neither counts as one turn.
+turn: as XLA notes, or else as condition and body say, which count from 0 to a constant in equal steps. A branch counts
+as taken, and a loop that says neither as one turn.
 """
 
 import re
@@ -19,7 +19,10 @@ _CALLED_OF_OLD = re.compile(r"(?:true|false)_computation=%?([\w.\-]+)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _CONSTANT = re.compile(r"%?([\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)")
-_LESS = re.compile(r"ROOT .* compare\([^,]*, %?([\w.\-]+)\), direction=LT")
+_LESS = re.compile(r"ROOT .* compare\([^,]*?%?([\w.\-]+), %?([\w.\-]+)\), direction=LT")
+_ELEMENT = re.compile(r"%?([\w.\-]+) = \S+ get-tuple-element\(.*\), index=(\d+)")
+_STATE = re.compile(r"ROOT .* tuple\((.*?)\)(?:,|$)")
+_ADD = re.compile(r"%?([\w.\-]+) = \S+ add\(%?([\w.\-]+), %?([\w.\-]+)\)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
@@ -76,11 +79,24 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return computations, entry
 
 
-def _limit(condition: list[str]) -> int:
-    """How often a loop turns whose condition this is."""
-    constants = {found[1]: int(found[2]) for line in condition if (found := _CONSTANT.search(line))}
-    less = [found[1] for line in condition if (found := _LESS.search(line))]
-    return constants.get(less[0], 1) if less else 1
+def _turns(condition: list[str], body: list[str]) -> int:
+    """How often a loop turns: its condition compares an element of the state with a constant, to which the body adds
+    another constant. 1 where they do something else."""
+    less = next((found for line in condition if (found := _LESS.search(line))), None)
+    element = {found[1]: int(found[2]) for line in condition if (found := _ELEMENT.search(line))}.get(less and less[1])
+    limit = _constants(condition).get(less and less[2])
+    if element is None or limit is None:
+        return 1
+    state = next((found[1].split(", ") for line in body if (found := _STATE.search(line))), [])
+    counter = state[element].split()[-1].lstrip("%") if element < len(state) else ""
+    added = next((found for line in body if (found := _ADD.search(line)) and found[1] == counter), None)
+    constants = _constants(body)
+    steps = [constants[name] for name in (added.groups()[1:] if added else ()) if name in constants]
+    return -(-limit // (steps[0] if steps and steps[0] else 1))
+
+
+def _constants(lines: list[str]) -> dict[str, int]:
+    return {found[1]: int(found[2]) for line in lines if (found := _CONSTANT.search(line))}
 
 
 def _runs(computations: dict[str, list[str]], entry: str) -> Counter[str]:
@@ -89,7 +105,8 @@ def _runs(computations: dict[str, list[str]], entry: str) -> Counter[str]:
     for name, lines in computations.items():
         for line in lines:
             condition, body = found.groups() if (found := _LOOP.search(line)) else ("", "")
-            trips = int(found[1]) if (found := _TRIPS.search(line)) else _limit(computations.get(condition, []))
+            noted, loop = _TRIPS.search(line), (computations.get(condition, []), computations.get(body, []))
+            trips = int(noted[1]) if noted else _turns(*loop)
             for one, several in _CALLED.findall(line):
                 for called in [one] if one else [part.strip().lstrip("%") for part in several.split(",")]:
                     edges.setdefault(name, []).append((called, trips if called == body else 1))
