@@ -3,7 +3,7 @@
     python bench/loop.py [--workdir work/tiny] [--steps 100] [--turns 5]
 
 Needs a prepared corpus of configs/tiny.py (`distil-jax prepare --config configs/tiny.py`). In turns: `train` of the
-control, its own seconds per step from timing.jsonl; and the same step alone, on one batch that lies on the device, every
+control, its own seconds per step from timing.jsonl; and the same step alone, on one batch that lies on the device, each
 report read a step later as the loop does. Ratios of medians over turns; the table is in bench/RESULTS.md.
 """
 
