@@ -157,6 +157,8 @@ def training(steps: int, learning_rate: float) -> ConfigDict:
     t.log_every = 5
     t.evaluate_every = 100
     t.checkpoint_every = 100
+    t.keep = 2  # newest checkpoints that stay
+    t.keep_best = False  # the best point of the validation curve stays too, and is what the run leaves
     t.max_skipped = 5  # updates with a loss or gradient that is not finite, before the run stops
     return t
 

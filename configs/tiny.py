@@ -253,6 +253,8 @@ def training(steps: int, learning_rate: float) -> ConfigDict:
     t.log_every = 10
     t.evaluate_every = 100
     t.checkpoint_every = 200
+    t.keep = 2  # newest checkpoints that stay
+    t.keep_best = False  # the best point of the validation curve stays too, and is what the run leaves
     t.max_skipped = 20  # updates with a loss or gradient that is not finite, before the run stops
     return t
 

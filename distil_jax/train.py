@@ -19,6 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from distil_jax import flops, hosts, learners, lora, recipe, sharding, variants, watch
+from distil_jax.best import Best
 from distil_jax.checkpoint import Checkpoints, on_sigterm
 from distil_jax.data import scores
 from distil_jax.data.loader import Loader
@@ -74,11 +75,12 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
         state = jax.device_put(state, sharding.of_state(state, optimizer, shardings, mesh))
         whole = lambda state: lora.whole(to_use(state), own, objective.adapter_scale)  # noqa: E731
         del params, others
-        checkpoints = Checkpoints(stage.folder / "checkpoints", keep=2, save_every=t.checkpoint_every)
+        checkpoints = Checkpoints(stage.folder / "checkpoints", keep=t.keep, save_every=t.checkpoint_every)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         if restored := checkpoints.restore_latest(abstract):
             _, state = restored
         start = int(state["step"])
+        best = Best(stage.folder, t.keep_best, start)
 
         # ---- data ---------------------------------------------------------------------------------------------------
         shards = corpus["shards"]["train"]
@@ -104,6 +106,7 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
             if start == 0:
                 sizes = {"parameters": parameters, "trainable_parameters": trainable}
                 metrics.write(0, **sizes, **curve(whole(state)))
+                best.offer(0, curve.last, to_use(state))
             pending, asked, stopping = None, False, False
             batches = itertools.islice(loader.iterate(start), t.steps - start)
             for done, batch in enumerate(watching.waiting(batches), start + 1):
@@ -121,6 +124,7 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
                 with watching.paused() if evaluates or saves else contextlib.nullcontext():
                     if evaluates:
                         metrics.write(done, **curve(whole(state)))
+                        best.offer(done, curve.last, to_use(state))
                     if saves:
                         checkpoints.save(done, state, force=True)
                 if stopping:
@@ -129,17 +133,19 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
                         print(f"{name}: stopped at step {done}, state saved; start it again to go on", file=sys.stderr)
                     raise SystemExit(STOPPED)
         checkpoints.close()
-        params = whole(state)
-        if start == t.steps:  # it was finished, but stopped before it could say so
+        used = best.take(to_use(state))
+        params = lora.whole(used, own, objective.adapter_scale)
+        if start == t.steps or t.keep_best:  # finished, but stopped before it could say so; or another point
             curve(params)
         tokenizer = learners.hf_tokenizer(work, run.side)
         hub.save_pretrained(model, params, stage.folder / "model", tokenizer=tokenizer, dtype="float32")
         if frozen.rows is not None:
-            learned = sharding.to_host(to_use(state)["projection"])
+            learned = sharding.to_host(used["projection"])
         if frozen.rows is not None and hosts.is_first_process():
             dataclasses.replace(recipe.projection_of(work, tables), logits=learned).save(stage.folder / "projection")
     return stage.finish(
         steps=t.steps,
+        **({"best_step": best.step} if t.keep_best else {}),
         parameters=parameters,
         trainable_parameters=trainable,
         skipped=int(state["skipped"]),

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -194,3 +195,27 @@ def test_each_row_of_a_batch_is_read_where_its_devices_are():
         sharding.places(mesh, 6)
     whole = {"a": np.arange(24, dtype=np.int32).reshape(8, 3)}
     assert np.array_equal(np.asarray(sharding.put_batch(whole, mesh)["a"]), whole["a"])
+
+
+SCRIPT = Path(__file__).resolve().parent.parent / "launch" / "local_processes.sh"
+
+
+def local(*arguments):
+    return subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, timeout=60)
+
+
+def test_the_script_starts_processes_that_find_each_other_and_marks_what_they_say():
+    done = local("3", "--devices", "2", "bash", "-c", 'echo "$DISTIL_JAX_HOSTS $XLA_FLAGS $JAX_PLATFORMS"')
+    assert done.returncode == 0
+    lines = sorted(done.stdout.splitlines())
+    address = lines[0].split()[1].split(",")[0]
+    flags = "--xla_force_host_platform_device_count=2 cpu"
+    assert lines == [f"[{n}] {address},3,{n} {flags}" for n in range(3)]
+
+
+def test_the_script_ends_with_the_status_of_the_first_that_failed():
+    assert local("2", "bash", "-c", "[[ $DISTIL_JAX_HOSTS == *,1 ]] && exit 71; sleep 0.5; exit 73").returncode == 71
+    assert local("2", "true").returncode == 0
+    for arguments in (("0", "true"), ("2",), ("two", "true")):
+        done = local(*arguments)
+        assert done.returncode == 2 and "launch/local_processes.sh COUNT" in done.stderr

@@ -460,6 +460,31 @@ def test_a_plan_describes_the_arguments_of_the_step_that_training_runs(corpus_on
             assert (x.ndim, x.dtype) == (len(y.shape), y.dtype) and x.sharding.is_equivalent_to(y.sharding, x.ndim)
 
 
+def test_the_best_point_of_the_curve_is_what_a_run_leaves_if_asked(corpus_only):
+    """The rate grows until the student forgets what it had learned; taken up again before, the run leaves the same."""
+    wild = {
+        "student.training.learning_rate": 3.0,
+        "student.training.end_fraction": 1.0,
+        "student.training.keep_best": True,
+    }
+    wild |= {"student.training.evaluate_every": 1, "student.training.checkpoint_every": 4}
+    config = corpus_only(**wild)
+    facts = train.train(config, "control")
+    folder = Path(config.workdir) / "control"
+    curve = {
+        m["step"]: m["validation_bits_per_byte"] for m in read_metrics(folder / "metrics.jsonl") if "loss" not in m
+    }
+    assert facts["best_step"] == min(curve, key=curve.get) and 0 < facts["best_step"] < 12
+    assert facts["validation_bits_per_byte"] == curve[facts["best_step"]] < curve[12]
+    weights = (folder / "model" / "model.safetensors").read_bytes()
+    (folder / "manifest.json").unlink()
+    for step in (p for p in (folder / "checkpoints").iterdir() if p.name.isdigit() and int(p.name) > 8):
+        shutil.rmtree(step)
+    again = train.train(config, "control")
+    assert again["resumed_at"] == 8 and again["best_step"] == facts["best_step"]
+    assert (folder / "model" / "model.safetensors").read_bytes() == weights
+
+
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path, definitions):
     theirs = tmp_path / "work" / "corpus" / "thesis.txt"
     theirs.parent.mkdir(parents=True)
