@@ -462,12 +462,14 @@ def test_a_plan_describes_the_arguments_of_the_step_that_training_runs(corpus_on
 
 def test_the_best_point_of_the_curve_is_what_a_run_leaves_if_asked(corpus_only):
     """The rate grows until the student forgets what it had learned; taken up again before, the run leaves the same."""
-    wild = {
-        "student.training.learning_rate": 3.0,
-        "student.training.end_fraction": 1.0,
-        "student.training.keep_best": True,
+    settings = {
+        "learning_rate": 0.2,
+        "end_fraction": 20.0,
+        "keep_best": True,
+        "evaluate_every": 1,
+        "checkpoint_every": 4,
     }
-    wild |= {"student.training.evaluate_every": 1, "student.training.checkpoint_every": 4}
+    wild = {f"student.training.{key}": value for key, value in settings.items()}
     config = corpus_only(**wild)
     facts = train.train(config, "control")
     folder = Path(config.workdir) / "control"
