@@ -61,11 +61,9 @@ def alone(corpus):  # noqa: F811
 @pytest.mark.parametrize(
     "processes, devices, mesh",
     [
-        (1, 8, "data:8"),
         (1, 8, "fsdp:8"),
         (1, 8, "data:2,fsdp:2,tensor:2"),
         (2, 1, "data:2"),
-        (2, 4, "fsdp:4,tensor:2"),
         (4, 2, "data:2,fsdp:2,tensor:2"),
         (4, 1, "tensor:4"),  # every process has every row
     ],
