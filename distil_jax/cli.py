@@ -124,7 +124,10 @@ def _guarded(action: Callable[[], int]) -> int:
     ends at once and takes the others with it."""
     debug = os.environ.get("DISTIL_JAX_DEBUG", "") not in ("", "0")
     try:
-        return action()
+        status = action()
+        if status == 0:
+            hosts.barrier("done")  # who has less to do does not leave the others
+        return status
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last whole checkpoint", file=sys.stderr)
         hosts.failed(INTERRUPTED, "interrupted")

@@ -56,7 +56,8 @@ def main(argv: Sequence[str]) -> int:
     mesh = mesh_of(config, args.topology, args.chips)
     run = args.run or config.export.run
     fit = compiled(config, run, mesh, chip)
-    print(f"{run} of {args.config or config.workdir} on {args.topology}: mesh {dict(mesh.shape)}, {mesh.size} devices")
+    name = dict(zip(of_config, of_config[1:], strict=False)).get("--config", config.workdir)
+    print(f"{run} of {name} on {args.topology}: mesh {dict(mesh.shape)}, {mesh.size} devices")
     print("\n".join(describe(fit, chip, shardings=args.shardings)))
     if args.save and fit.program is not None:
         save(fit.program, Path(args.save))
@@ -67,8 +68,8 @@ def main(argv: Sequence[str]) -> int:
 
 def mesh_of(config: Any, topology: str, first: int = 0) -> Any:
     """config.mesh over the devices of a topology, which need not exist. Raises UserError for one that is not known."""
-    # Both are read when libtpu is loaded: no word to a metadata server, no look for a TPU.
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    # Read when libtpu is loaded: no word to a metadata server, no look for a TPU, which several may do at a time.
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     for level in ("TPU_MIN_LOG_LEVEL", "TPU_STDERR_LOG_LEVEL"):
         os.environ.setdefault(level, "3")
