@@ -8,7 +8,7 @@ to be accepted first). Every host needs to see the work folder. What a step take
 
     distil-jax compile --config configs/medgemma4b_llama1b.py --topology v5e:4x4
 
-and docs/scale.md, which leads from nothing to a running pod. Rows of 1,024 tokens, 80 an update, as in the paper; its
+and docs/scale.md. Rows of 1,024 tokens, 80 an update, as in the paper; its
 learning rate was 1e-6, ours was not tuned at this size, and none of it was run here, where there is no TPU. Without an
 argument the objective is what won our comparisons (docs/ablation.md, docs/objectives.md): the teacher at temperature 1,
 at all positions. `:paper` has the paper's: alpha 0.7, a temperature that falls, specialty weights, attention maps.
