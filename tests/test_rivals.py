@@ -444,6 +444,23 @@ def test_sorted_masses():
     assert float(uld.sorted_l1(b, a)[0]) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("sizes", [(7, 5), (5, 7), (6, 6), (3, 0)])
+def test_the_derivative_of_sorted_masses_is_that_of_sorting(sizes):
+    U, V = sizes
+    r = np.random.default_rng(U)
+    a, b, ct = (jnp.asarray(r.dirichlet(np.ones(max(n, 1)), 4).T[:n], jnp.float32) for n in (U, V, 4))
+
+    def by_sorting(a, b):
+        more = max(U, V)
+        a, b = (jnp.pad(jnp.sort(x, axis=0, descending=True), ((0, more - len(x)), (0, 0))) for x in (a, b))
+        return jnp.sum(jnp.abs(a - b), axis=0)
+
+    (ours, ours_back), (theirs, theirs_back) = (jax.vjp(f, a, b) for f in (uld.sorted_l1, by_sorting))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    for g, h in zip(ours_back(ct[0]), theirs_back(ct[0]), strict=True):
+        np.testing.assert_array_equal(g, h)
+
+
 def test_a_remainder_keeps_its_digits_where_it_is_small():
     p = jnp.float32([[1.0], [3e-9], [2e-9], [0.0]])
     left = strict.without(p, jnp.int32([[0, -1]]), jnp.array([[True, False]]))
