@@ -425,9 +425,46 @@ def test_the_hub_streams_the_same_rows_and_a_failure_names_source_and_row(tmp_pa
         read(source, reading.HUB, tmp_path)
 
 
-def test_values_of_tfds_are_those_of_json():
-    value = {"text": "α".encode(), "ids": np.array([1, 2]), "deep": [{"names": np.array([b"a", b"\xff"], object)}]}
-    assert reading._plain(value) == {"text": "α", "ids": [1, 2], "deep": [{"names": ["a", b"\xff"]}]}
+def test_a_tfds_folder_gives_the_rows_of_the_hubs_files_without_tensorflow(tmp_path):
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    source = chosen(["pubmedqa"])[0]
+    source = replace(source, parts=source.parts[:1])
+    (part,) = source.parts
+    text = tfds.features.Text()
+    of_context = dict.fromkeys(("contexts", "labels", "meshes"), tfds.features.Sequence(text))
+    features = tfds.features.FeaturesDict(
+        {"pubid": np.int32, "context": of_context} | dict.fromkeys(("question", "long_answer", "final_decision"), text)
+    )
+    found = [PUBMED | {"pubid": n, "question": f"Is it {n} \N{GREEK SMALL LETTER ALPHA}?"} for n in range(4)]
+    records = [features.serialize_example(features.encode_example(record)) for record in found]
+    folder = tmp_path / "tfds" / source.hub_id / part.config
+    folder.mkdir(parents=True)
+    writer = ArrayRecordWriter(str(folder / f"pubmed-{part.split}.array_record-00000-of-00001"), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+    template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    name = tfds.core.ShardedFileTemplate(
+        data_dir=folder, template=template, dataset_name="pubmed", split=part.split, filetype_suffix="array_record"
+    )
+    split = tfds.core.SplitInfo(
+        name=part.split, shard_lengths=[len(records)], num_bytes=sum(map(len, records)), filename_template=name
+    )
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder, features=features, split_infos=[split], filename_template=template, check_data=False
+    )
+
+    put(tmp_path, source, part, found)
+    on_disk, _ = read(source, tmp_path, tmp_path)
+    rows, _ = read(source, f"{reading.TFDS}{tmp_path / 'tfds'}", tmp_path)
+    assert len(rows) == 8
+    assert [replace(row, id="") for row in rows] == [replace(row, id="") for row in on_disk]
+    with Quarantine(tmp_path / "q.jsonl") as quarantine:
+        (unit,) = reading.units(source, f"{reading.TFDS}{tmp_path / 'tfds'}")
+        assert [*reading.unit_rows(unit, quarantine, after=3)] == rows[6:]
+    assert "tensorflow" not in sys.modules
 
 
 def test_without_the_extra_the_user_is_told_what_to_install(tmp_path, monkeypatch):

@@ -216,10 +216,7 @@ def hub_table(hub_id: str, part: Part, after: int = 0) -> Table:
 
 
 def tfds_table(folder: Path, split: str, after: int = 0) -> Table:
-    """A split of a tfds builder's folder: as `hub_table`, with texts decoded and arrays as lists.
-
-    Not tried on a real folder: writing one takes TensorFlow. Reading one as a data source takes none.
-    """
+    """A split of a tfds builder's folder: as `hub_table`, with texts decoded and arrays as lists. No TensorFlow."""
     import tensorflow_datasets as tfds
 
     source = tfds.builder_from_directory(str(folder)).as_data_source(split=split)
