@@ -400,7 +400,7 @@ def test_values_and_gradients_are_those_of_the_reference(kind, case, tables):
 
 def test_blocks_and_a_mesh_change_nothing(case, tables, kind="gold"):
     """Seven positions at a time leave a short block; a mesh takes each row to a device of its own."""
-    mesh = sharding.make_mesh(2, 1, 1, jax.devices()[:2])
+    mesh = sharding.make_mesh(2, 1, 1, devices=jax.devices()[:2])
     results = [
         jax.jit(jax.value_and_grad(value_of(kind, case, tables, **options), has_aux=True))(sides(case), None)
         for options in ({}, {"block": 1000, "mesh": mesh})

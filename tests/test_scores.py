@@ -416,7 +416,8 @@ def test_a_batch_brings_each_row_its_scores(scored, processes):
     rows = [{name: x[0] for name, x in batch.items()} for batch in plain.sweep(1)]
     by_content = {row["student_tokens"].tobytes() + row["document"].tobytes(): n for n, row in enumerate(rows)}
     assert len(by_content) == len(rows)
-    joined = [Loader(folder, part, 12, 5, p, processes, joined=found, verify=False) for p in range(processes)]
+    dealt = [range(p * 12 // processes, (p + 1) * 12 // processes) for p in range(processes)]
+    joined = [Loader(folder, part, 12, 5, places=places, joined=found, verify=False) for places in dealt]
     seen = set()
     for step in range(2 * len(rows) // 12 + 2):
         parts = [loader.batch(step) for loader in joined]
@@ -484,7 +485,7 @@ def test_a_score_file_that_is_missing_damaged_or_foreign_is_named(scored, tmp_pa
 def pair(scored):
     """(batch with scores, student, its parameters, teacher, its parameters, W) of the finished run."""
     config = scored[0]
-    work, mesh = Workdir(config), sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+    work, mesh = Workdir(config), sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     part, found = parts_of(config)
     batch = Loader(work / "corpus", part, 8, 1, joined=found).batch(3)
     student, params = learners.untrained(work, "student", mesh)
