@@ -14,6 +14,7 @@ token_accuracy: at root positions, where both tokenizations stand at the same by
 agreement_with_teacher: at root positions, how often the student's most likely token is the first piece of the
     teacher's.
 by_class: bits per byte and accuracy of words, digits, whitespace, punctuation and bytes (eval/by_class.py).
+retention: what each student keeps of the teacher, KL included, whole, by specialty and by class (eval/retention.py).
 """
 
 import functools
@@ -25,13 +26,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from distil_jax import learners, variants
+from distil_jax import learners, recipe, variants
 from distil_jax.data.loader import Loader
-from distil_jax.eval import bootstrap, likelihood
+from distil_jax.eval import bootstrap, likelihood, retention
 from distil_jax.eval.by_class import ByClass, ClassScores, Spans
+from distil_jax.objective import Loss, Objective
 from distil_jax.projection import Projection
 from distil_jax.tokens import align
-from distil_jax.tokens.align import ROOT
+from distil_jax.tokens.align import CLASSES, ROOT
 from distil_jax.workdir import Workdir
 
 SPLIT = "test"
@@ -53,18 +55,29 @@ def main(config: ConfigDict) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         loader = Loader(work / "corpus", corpus["shards"][SPLIT], e.batch_size, 0)
         rows = collect(loader, e)
-        first_piece = Projection.load(work / "projection", teacher=tables["teacher"], student=tables["student"]).best()
+        W = Projection.load(work / "projection", teacher=tables["teacher"], student=tables["student"])
+        teacher, teacher_params = learners.teacher(work, mesh)
+        frozen = recipe.projected(W, teacher, teacher_params, mesh)
 
         @functools.cache  # the students are one model, which compiles once
         def scorer_of(side, model):
             return likelihood.make_scorer(model, side, block=config.objective.block, mesh=mesh)
 
+        @functools.cache
+        def apart_of(model):
+            beside = {"teacher": teacher, "positions": "boundaries", "block": config.objective.block, "mesh": mesh}
+            kl_at_1 = jax.jit(Loss(Objective(model, **beside)).kl_at_1)
+            return lambda params, batch: kl_at_1(params, frozen, batch)
+
         def scored(side, model, params):
             values = likelihood.sweep(scorer_of(side, model), params, loader.sweep(e.batch_size, e.rows), mesh)
+            if side == "student":
+                batches = loader.sweep(e.batch_size, e.rows)
+                values |= likelihood.sweep(apart_of(model), params, batches, mesh, ("kl", "spoken"))
             values = {name: array[: len(loader.spread(e.rows))] for name, array in values.items()}
             return values | {"parameters": learners.count(params)}
 
-        scores = {"teacher": scored("teacher", *learners.teacher(work, mesh))}
+        scores = {"teacher": scored("teacher", teacher, teacher_params)}
         scores["student_before"] = scored("student", *learners.untrained(work, "student", mesh))
         for run in config.runs:
             scores[run] = scored("student", *learners.trained(work, run, mesh))
@@ -72,7 +85,7 @@ def main(config: ConfigDict) -> dict[str, Any]:
     documents = Documents(rows, tables)
     results = {
         name: documents.measure(
-            "teacher" if name == "teacher" else "student", values, scores["teacher"], first_piece, e
+            "teacher" if name == "teacher" else "student", values, scores["teacher"], W.best(), e
         )
         for name, values in scores.items()
     }
@@ -82,6 +95,12 @@ def main(config: ConfigDict) -> dict[str, Any]:
         measures["by_class"] = kinds.measures(of_kinds[name], e.bootstrap)
     facts: dict[str, Any] = {"documents": documents.count, "bytes": int(documents.bytes_D.sum()), "models": results}
     facts["classes"] = kinds.sizes()
+    parts = documents.parts(corpus["specialties"], align.token_classes(tables["student"]))
+    facts["retention"] = {
+        name: documents.retention(values, scores["teacher"], W.best(), parts, e)
+        for name, values in scores.items()
+        if name != "teacher"
+    }
     bits = {name: documents.bits(name == "teacher", values["nats"]) for name, values in scores.items()}
     compared = pairs(config.runs)
     facts["differences"] = {
@@ -181,18 +200,40 @@ class Documents:
         found = {name: self.specialty_D == i for i, name in enumerate(specialties)}
         return {name: of for name, of in found.items() if self.bytes_D[of].sum() > 0}
 
+    def parts(self, specialties: Sequence[str], classes_V: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+        """The student's positions by specialty and by class of their target: kind -> name -> [R, L] bool."""
+        of = classes_V[self.rows["student_targets"]]
+        of_specialty = {name: documents[self.index] for name, documents in self.of_each(specialties).items()}
+        of_class = {name: of == i for i, name in enumerate(CLASSES)}
+        return {"all": {"all": np.ones_like(self.roots)}, "by_specialty": of_specialty, "by_class": of_class}
+
+    def retention(
+        self, values: dict[str, Any], teacher: dict[str, Any], first_piece: np.ndarray, parts: Any, e: ConfigDict
+    ) -> dict[str, Any]:
+        """What a student keeps of the teacher (eval/retention.py): the whole, `by_specialty` and `by_class`."""
+        says, teacher_right = self._teacher_says(teacher)
+        right = values["prediction"] == self.rows["student_targets"]
+        agree = values["prediction"] == first_piece[says]
+        spoken = values["spoken"] & (self.size["student"] > 0)
+        kept = retention.Kept(self.roots, right, teacher_right, agree, values["kl"], spoken)
+        found = {kind: retention.measures(kept, self.index, of, e.bootstrap) for kind, of in parts.items()}
+        return found.pop("all")["all"] | found
+
+    def _teacher_says(self, teacher: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """The teacher's most likely token where it speaks about each student position, and whether it is right."""
+        at = self.rows["teacher_position"].astype(np.int64)
+        says = np.take_along_axis(teacher["prediction"], at, axis=1)
+        return says, says == np.take_along_axis(self.rows["teacher_targets"], at, axis=1)
+
     def measure(
         self, side: str, values: dict[str, Any], teacher: dict[str, Any], first_piece: np.ndarray, e: ConfigDict
     ) -> dict[str, Any]:
         """The measures of one model (module docstring) with their intervals."""
-        at = self.rows["teacher_position"].astype(np.int64)
-        teacher_says = np.take_along_axis(teacher["prediction"], at, axis=1)
-        if side == "teacher":
-            right = teacher_says == np.take_along_axis(self.rows["teacher_targets"], at, axis=1)
-            agree = np.ones_like(right)
-        else:
+        says, right = self._teacher_says(teacher)
+        agree = np.ones_like(right)
+        if side == "student":
             right = values["prediction"] == self.rows["student_targets"]
-            agree = values["prediction"] == first_piece[teacher_says]
+            agree = values["prediction"] == first_piece[says]
         roots_D = self._sum(self.index, self.roots)
         measures: dict[str, Any] = {"parameters": int(values["parameters"])}
         for name, top, bottom in (

@@ -159,6 +159,20 @@ class Loss:
             value, metrics = value + inside / totals["groups"], metrics | more
         return value, metrics
 
+    def kl_at_1(self, params: Any, frozen: Frozen, batch: Batch) -> tuple[Float[Array, "B L"], Bool[Array, "B L"]]:
+        """KL(p || s) in nats at temperature 1, p the projected teacher, at the supervised targets that the teacher says
+        something about; and which these are. For evaluation. params: of the whole student."""
+        o = self.objective
+        hidden, unembedding, _ = self._hidden(o.model, params, batch, o.side)
+        taught = self._spoken_about(batch) & (batch["student_weights"] > 0)
+        teacher, _ = self._online(frozen, frozen.projection, batch, jnp.float32(1), ())
+        _, out = head.distill(
+            hidden, unembedding, batch["student_targets"], jnp.zeros(taught.shape, jnp.float32),
+            teacher=teacher, kl_weights_BxL=taught.astype(jnp.float32),
+            text_vocab=o.model.config.text_vocab_size, block=o.block, mesh=o.mesh,
+        )  # fmt: skip
+        return out.kl1_BxL, taught
+
     def _rival(
         self, params: Any, frozen: Frozen, batch: Batch, step: Array, totals: dict[str, Any], weights: Array,
         hidden: Array, unembedding: Array, seen: Any, options: dict[str, Any],

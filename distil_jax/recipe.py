@@ -79,7 +79,18 @@ def make(
         known = jax.device_put(rival.tables(tables["teacher"], tables["student"]), everywhere)
         objective = Objective(model, teacher=teacher, alignment=alignment, **common)
         return objective, Frozen(weights, teacher_params, rival=known)
-    shards = Shards.of(mesh)
+    objective = Objective(model, teacher=teacher, alignment=alignment, **common)
+    frozen = projected(projection, teacher, teacher_params, mesh)._replace(specialty_weights_S=weights, rows=learned)
+    if objective.positions == "all":
+        prefixes = jax.tree.map(jnp.asarray, PrefixTables.build(tables["teacher"], tables["student"]))
+        inside = jax.device_put(conditional.Tables(prefixes, projection.rows()), everywhere)
+        frozen = frozen._replace(inside=inside)
+    return objective, frozen
+
+
+def projected(projection: Projection, teacher: Any, teacher_params: Any, mesh: Mesh) -> Frozen:
+    """A teacher in memory and the way from its tokens to the student's, where the heads want them on the mesh."""
+    everywhere, shards = sharding.replicated(mesh), Shards.of(mesh)
     table, rows = place(projection.table(), shards), None
     if shards.size == 1:
         table = jax.device_put(table, everywhere)
@@ -88,12 +99,8 @@ def make(
         lies = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
         table = jax.device_put(table, lies)
         rows = jax.jit(rows_of, out_shardings=lies.weights)(teacher.unembedding(teacher_params), table)
-    objective = Objective(model, teacher=teacher, alignment=alignment, **common)
-    inside = None
-    if objective.positions == "all":
-        prefixes = jax.tree.map(jnp.asarray, PrefixTables.build(tables["teacher"], tables["student"]))
-        inside = jax.device_put(conditional.Tables(prefixes, projection.rows()), everywhere)
-    return objective, Frozen(weights, teacher_params, table, learned, inside, rows)
+    weights = jax.device_put(jnp.ones(1), everywhere)
+    return Frozen(weights, teacher_params, table, teacher_rows=rows)
 
 
 def teaching(o: ConfigDict, steps: int) -> dict[str, Any]:

@@ -88,14 +88,17 @@ def test_the_loss_is_its_formula(models, batch, frozen):
         z -= z.max(-1, keepdims=True)
         return z - np.log(np.exp(z).sum(-1, keepdims=True))
 
-    at = batch["teacher_position"][..., None]
-    q = np.take_along_axis(np.exp(log_softmax(teacher, teacher_params, "teacher", tau)), at, axis=1)
-    # The mass of the teacher token that follows goes to the student's that follows, that of the others through W.
-    follows = np.take_along_axis(batch["teacher_targets"], batch["teacher_position"], axis=1)
-    known = np.take_along_axis(q, follows[..., None], axis=-1)
-    p = q @ W + known * (np.eye(W.shape[1])[batch["student_targets"]] - W[follows])
-    s = log_softmax(student, params, "student", tau)
-    kl = np.where(p > 0, p * (np.log(np.where(p > 0, p, 1)) - s), 0).sum(-1)
+    def kl_at(tau):
+        at = batch["teacher_position"][..., None]
+        q = np.take_along_axis(np.exp(log_softmax(teacher, teacher_params, "teacher", tau)), at, axis=1)
+        # The mass of the teacher token that follows goes to the student's that follows, that of the others through W.
+        follows = np.take_along_axis(batch["teacher_targets"], batch["teacher_position"], axis=1)
+        known = np.take_along_axis(q, follows[..., None], axis=-1)
+        p = q @ W + known * (np.eye(W.shape[1])[batch["student_targets"]] - W[follows])
+        s = log_softmax(student, params, "student", tau)
+        return np.where(p > 0, p * (np.log(np.where(p > 0, p, 1)) - s), 0).sum(-1)
+
+    kl = kl_at(tau)
     ce = -np.take_along_axis(log_softmax(student, params, "student", 1), batch["student_targets"][..., None], -1)[
         ..., 0
     ]
@@ -113,6 +116,10 @@ def test_the_loss_is_its_formula(models, batch, frozen):
     for i in range(3):
         at_i = mask & (batch["specialty"] == i)
         assert float(metrics["ce_by_specialty"][0][i]) == pytest.approx((ce * at_i).sum(), rel=1e-4)
+    # What an evaluation measures: at temperature 1, whatever the step's is.
+    found, spoken = distilling(models).kl_at_1(params, f, batch)
+    np.testing.assert_array_equal(spoken, taught)
+    np.testing.assert_allclose(found, kl_at(1.0) * taught, rtol=1e-4, atol=1e-6)
 
 
 def test_the_gradient_equals_finite_differences(models, batch, frozen):

@@ -170,6 +170,26 @@ def test_the_measures_are_those_of_unpacked_documents(finished, name):
     assert got["agreement_with_teacher"] == pytest.approx(totals[3] / totals[1], abs=0.005)
 
 
+def test_what_a_student_keeps_of_its_teacher_is_told_by_specialty_and_class(finished):
+    config, summary, _ = finished
+    evaluated = Workdir(config).require("evaluate")
+    assert evaluated["retention"].keys() == {"student_before", *config.runs}
+    for name, kept in evaluated["retention"].items():
+        m, teacher = models_of(summary)[name], summary["teacher"]
+        assert kept["token_accuracy_retained"] == pytest.approx(m["token_accuracy"] / teacher["token_accuracy"])
+        assert kept["agreement_with_teacher"] == pytest.approx(m["agreement_with_teacher"])
+        for parts in (kept["by_class"], kept["by_specialty"]):
+            assert sum(part["positions"] for part in parts.values()) == kept["positions"]
+            agreed = sum(part["positions"] * part["agreement_with_teacher"] for part in parts.values())
+            assert agreed / kept["positions"] == pytest.approx(m["agreement_with_teacher"])
+        low, high = kept["kl_to_teacher_interval"]
+        assert 0 < low <= kept["kl_to_teacher"] <= high
+    taught, control, before = (
+        evaluated["retention"][name]["kl_to_teacher"] for name in ("distilled", "control", "student_before")
+    )
+    assert taught < control < before
+
+
 def test_unusable_rows_are_in_the_quarantine_and_counted(finished):
     config, summary, _ = finished
     lines = (Path(config.workdir) / "corpus" / "quarantine.jsonl").read_text().splitlines()

@@ -1,6 +1,6 @@
 """Log-likelihoods and most likely tokens over packed rows, for any model on either side of a batch."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -36,15 +36,18 @@ def make_scorer(model: Any, side: str, *, block: int = 0, mesh: Mesh | None = No
 
 
 def sweep(
-    scorer: Callable[..., Any], params: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh
-) -> dict[str, Any]:
-    """Scores every batch. Returns `{"nats": [R, L], "prediction": [R, L]}` on the host, rows in order."""
-    nats, prediction = [], []
+    scorer: Callable[..., Any],
+    params: Any,
+    batches: Iterable[dict[str, np.ndarray]],
+    mesh: Mesh,
+    names: Sequence[str] = ("nats", "prediction"),
+) -> dict[str, np.ndarray]:
+    """Scores every batch. Returns what the scorer does, by these names, as [R, L] on the host, rows in order."""
+    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for batch in batches:
-        n, p = scorer(params, sharding.put_batch(batch, mesh))
-        nats.append(sharding.to_host(n))
-        prediction.append(sharding.to_host(p))
-    return {"nats": np.concatenate(nats), "prediction": np.concatenate(prediction)}
+        for name, values in zip(names, scorer(params, sharding.put_batch(batch, mesh)), strict=True):
+            found[name].append(sharding.to_host(values))
+    return {name: np.concatenate(values) for name, values in found.items()}
 
 
 def bits_per_byte(nats: np.ndarray, rows: dict[str, np.ndarray], side: str, lengths_V: np.ndarray) -> float:
