@@ -15,6 +15,10 @@ agreement_with_teacher: at root positions, how often the student's most likely t
     teacher's.
 by_class: bits per byte and accuracy of words, digits, whitespace, punctuation and bytes (eval/by_class.py).
 retention: what each student keeps of the teacher, KL included, whole, by specialty and by class (eval/retention.py).
+
+With config.evaluation.tasks every model also answers these benchmarks (docs/evaluation.md): answers/MODEL.json has the
+log-likelihood of every choice, "benchmarks" of the manifest accuracies with intervals over items. Models without a
+config: `distil-jax evaluate PATH --tasks ...` (eval/command.py).
 """
 
 import functools
@@ -28,7 +32,7 @@ from ml_collections import ConfigDict
 
 from distil_jax import learners, recipe, variants
 from distil_jax.data.loader import Loader
-from distil_jax.eval import bootstrap, likelihood, retention
+from distil_jax.eval import bootstrap, likelihood, retention, stage_tasks
 from distil_jax.eval.by_class import ByClass, ClassScores, Spans
 from distil_jax.objective import Loss, Objective
 from distil_jax.projection import Projection
@@ -52,6 +56,7 @@ def main(config: ConfigDict) -> dict[str, Any]:
     mesh = learners.mesh_of(config)
     tables = learners.tables_of(work)
     e = config.evaluation
+    tasks = stage_tasks.of(work, mesh, stage.folder)
     with jax.set_mesh(mesh):
         loader = Loader(work / "corpus", corpus["shards"][SPLIT], e.batch_size, 0)
         rows = collect(loader, e)
@@ -69,7 +74,8 @@ def main(config: ConfigDict) -> dict[str, Any]:
             kl_at_1 = jax.jit(Loss(Objective(model, **beside)).kl_at_1)
             return lambda params, batch: kl_at_1(params, frozen, batch)
 
-        def scored(side, model, params):
+        def scored(side, model, params, name):
+            tasks.answered_by(name, side, model, params)
             values = likelihood.sweep(scorer_of(side, model), params, loader.sweep(e.batch_size, e.rows), mesh)
             if side == "student":
                 batches = loader.sweep(e.batch_size, e.rows)
@@ -77,10 +83,10 @@ def main(config: ConfigDict) -> dict[str, Any]:
             values = {name: array[: len(loader.spread(e.rows))] for name, array in values.items()}
             return values | {"parameters": learners.count(params)}
 
-        scores = {"teacher": scored("teacher", teacher, teacher_params)}
-        scores["student_before"] = scored("student", *learners.untrained(work, "student", mesh))
+        scores = {"teacher": scored("teacher", teacher, teacher_params, "teacher")}
+        scores["student_before"] = scored("student", *learners.untrained(work, "student", mesh), "student_before")
         for run in config.runs:
-            scores[run] = scored("student", *learners.trained(work, run, mesh))
+            scores[run] = scored("student", *learners.trained(work, run, mesh), run)
 
     documents = Documents(rows, tables)
     results = {
@@ -123,7 +129,7 @@ def main(config: ConfigDict) -> dict[str, Any]:
         }
         for name, of in of_each.items()
     }
-    return stage.finish(**facts)
+    return stage.finish(**facts, **tasks.facts())
 
 
 def collect(loader: Loader, e: ConfigDict) -> dict[str, np.ndarray]:
