@@ -26,6 +26,7 @@ from distil_jax.data.loader import Loader
 from distil_jax.data.rows import Quarantine
 from distil_jax.errors import UserError
 from distil_jax.eval import likelihood
+from distil_jax.eval.answers import load as load_answers
 from distil_jax.gather import Refusals
 from distil_jax.metrics import read_metrics
 from distil_jax.models.int8 import cast
@@ -101,7 +102,11 @@ def definitions(tmp_path_factory) -> Path:
 def finished(tmp_path_factory, definitions):
     """A whole run, with the config keys that nothing read."""
     runs = "control,smoothing,distilled,hot"
-    config = track_reads(config_of(tmp_path_factory.mktemp("run") / "work", definitions, runs=runs))
+    exam = tmp_path_factory.mktemp("exam") / "signs.jsonl"
+    rows = [{"question": f"Sign {n}?", "choices": ["Ageusia", "Ptosis", "Syncope"], "answer": n % 3} for n in range(6)]
+    exam.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = {"runs": runs, "evaluation.tasks": exam}
+    config = track_reads(config_of(tmp_path_factory.mktemp("run") / "work", definitions, **settings))
     summary = run.main(config)
     return config, summary, config.unread()
 
@@ -188,6 +193,23 @@ def test_what_a_student_keeps_of_its_teacher_is_told_by_specialty_and_class(fini
         evaluated["retention"][name]["kl_to_teacher"] for name in ("distilled", "control", "student_before")
     )
     assert taught < control < before
+
+
+def test_every_model_answers_the_tasks_of_the_config(finished):
+    config, *_ = finished
+    work = Workdir(config)
+    told = work.require("evaluate")["benchmarks"]
+    assert list(told) == ["teacher", "student_before", *config.runs]
+    items = set()
+    for name, summary in told.items():
+        model, (answers,) = load_answers(work / "evaluate" / "answers" / f"{name}.json")
+        (facts,) = summary["tasks"]
+        assert (model, facts["task"], facts["items"], facts["chance"]) == (name, "signs", 6, pytest.approx(1 / 3))
+        assert facts["acc"] == answers.right().mean() and answers.loglikelihood_IxC.shape == (6, 3)
+        items.add(answers.ids)
+    assert len(items) == 1  # all were asked the same
+    evaluated = [load_answers(work / "evaluate" / "answers" / f"{n}.json")[1][0] for n in ("teacher", "distilled")]
+    assert not np.allclose(*(a.loglikelihood_IxC for a in evaluated))
 
 
 def test_unusable_rows_are_in_the_quarantine_and_counted(finished):
