@@ -37,7 +37,8 @@ def get_config() -> ConfigDict:
     c.data.mend = False  # repair texts; refuse empty, gigantic and foreign ones
     c.data.duplicates = "keep"  # "exact": each text once; "near": nearly the same ones too
     c.data.personal = "keep"  # "report": count personal data, replace it in forums; "replace": everywhere
-    c.data.benchmarks = ""  # files with the questions that models will be scored on: rows that hold one are refused
+    # Questions that models will be scored on, so rows that hold one are refused (docs/prepare.md): tasks, or files.
+    c.data.benchmarks = ""
     c.data.student_length = 256  # tokens in a packed row
     c.data.teacher_length = 256
     c.data.rows_per_shard = 2048

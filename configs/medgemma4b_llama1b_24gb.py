@@ -34,7 +34,8 @@ def get_config() -> ConfigDict:
     c.data.mend = True  # repair texts; refuse empty, gigantic and foreign ones
     c.data.duplicates = "near"  # "exact": each text once; "near": nearly the same ones too
     c.data.personal = "report"  # "report": count personal data, replace it in forums; "replace": everywhere
-    c.data.benchmarks = ""  # files with the questions that models will be scored on: rows that hold one are refused
+    # Questions that models will be scored on, so rows that hold one are refused (docs/prepare.md): tasks, or files.
+    c.data.benchmarks = ""
     c.data.student_length = 1024  # tokens in a packed row
     c.data.teacher_length = 1024
     c.data.rows_per_shard = 2048

@@ -26,6 +26,7 @@ from distil_jax.data.pool import processes_of
 from distil_jax.data.rows import SPLITS, Row, as_conversation
 from distil_jax.data.train_tokenizers import train_gemma_style, train_llama_style
 from distil_jax.errors import UserError, nearest
+from distil_jax.eval import questions
 from distil_jax.gather import Refusals, gather, rows_of, total, total_by_source
 from distil_jax.models import hub
 from distil_jax.shard import Sharding
@@ -217,7 +218,7 @@ def cleaner_of(config: ConfigDict) -> RowCleaner | None:
     for key, known in (("duplicates", DUPLICATES), ("personal", PERSONAL)):
         if data[key] not in known:
             raise UserError(f"config.data.{key} is {data[key]!r}; use one of {', '.join(map(repr, known))}")
-    items = [item for file in names_of(data.benchmarks) for item in contamination.read_items(file)]
+    items = questions.questions(names_of(data.benchmarks), data.root)
     if not (data.mend or items or data.duplicates != "keep" or data.personal != "keep"):
         return None
     return RowCleaner(

@@ -24,7 +24,7 @@ from distil_jax import hosts, manifest, variants
 from distil_jax.config import config_hash, flatten
 from distil_jax.data import catalogue, reading
 from distil_jax.errors import UserError
-from distil_jax.eval import own, records, tasks
+from distil_jax.eval import own, questions, records, tasks
 from distil_jax.metrics import peak_memory_bytes
 from distil_jax.variants import UNTAUGHT
 
@@ -129,7 +129,8 @@ class Workdir:
         """(name, bytes, time of the last change) of each file that the corpus is made of, but for the hub's."""
         data = self.config.data
         facts = [_file_facts("config.data.files", name) for name in files_of(self.config)]
-        facts += [_file_facts("config.data.benchmarks", name) for name in names_of(data.benchmarks)]
+        benchmarks = questions.files(names_of(data.benchmarks), data.root)
+        facts += [_file_facts("config.data.benchmarks", str(file)) for file in benchmarks]
         for source in catalogue.chosen(names_of(data.sources)) if data.sources else ():
             if reading.is_folder(data.root):
                 facts += [_file_facts("config.data.root", unit.file) for unit in reading.units(source, data.root)]

@@ -1,6 +1,7 @@
 """Benchmarks natively: known models score what they must, chance lies in its interval, bad files are told."""
 
 import json
+from collections import Counter
 
 import exams
 import jax
@@ -12,7 +13,7 @@ import transformers
 
 from distil_jax import cli
 from distil_jax.errors import UserError
-from distil_jax.eval import answers, benchmarks, prompts, records, tasks
+from distil_jax.eval import answers, benchmarks, prompts, questions, records, tasks
 from distil_jax.eval.encoding import Encoder, Request
 from distil_jax.eval.scoring import Row, Scorer, beginnings, bucket, shared_bucket
 from distil_jax.models import load_pretrained, save_pretrained
@@ -307,3 +308,25 @@ def test_the_command_says_what_it_needs(directory, capsys):
     ):
         assert cli.main(["evaluate", *arguments]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_prepare_keeps_the_questions_of_tasks_out_of_a_corpus(data, tmp_path):
+    own = exams.write(tmp_path / "own.jsonl", own_rows())
+    names = ["multimedqa", "mmlu_medical", "headqa_en", "careqa_en", str(own)]
+    found = questions.questions(names, str(data))
+    by_task = Counter(item.benchmark for item in found)
+    assert by_task == dict.fromkeys(tasks.TASKS, 60) | {"own": len(own_rows())}
+    (lost,) = (item for item in found if item.question == tasks.CAREQA_LOST[0])
+    assert lost.benchmark == "careqa_en" and len(lost.options) == 4
+    assert all(item.question.strip() and (item.options or item.benchmark == "pubmedqa") for item in found)
+    read = questions.files(names, str(data))
+    assert len(read) == 8 + 5 + 1 and all(file.is_file() for file in read)
+    assert questions.files(names, "hub") == [own]
+    for name, root, said in (
+        ("mmlu_anatomie", data, "did you mean 'mmlu_anatomy'"),
+        ("exam.toml", data, "is no file of questions"),
+        ("medmcqa", tmp_path, "clone the dataset openlifescienceai/medmcqa there"),
+        ("medmcqa", f"tfds:{tmp_path}", "has no files of theirs"),
+    ):
+        with pytest.raises(UserError, match=said):
+            questions.questions([name], str(root))

@@ -258,6 +258,10 @@ def test_benchmarks_are_read_in_their_schemas(tmp_path):
         "medmcqa": {"id": "z", "question": "q2", "opa": "a", "opb": "b", "opc": "c", "opd": "d", "cop": 1},
         "medqa": {"question": "q3", "options": {"A": "a", "B": "b"}, "answer_idx": "B", "answer": "b"},
         "pubmedqa": {"pubid": 7, "question": "q4", "final_decision": "yes"},
+        "medqa_hf": {"id": "train", "sent1": "q5", **{f"ending{i}": o for i, o in enumerate("abcd")}, "label": 3},
+        "pubmedqa_fold": {"QUESTION": "q6", "CONTEXTS": ["c"], "final_decision": "no"},
+        "headqa": {"qtext": "q7", "answers": [{"aid": 1, "atext": "a"}, {"aid": 2, "atext": "b"}], "ra": 2},
+        "careqa": {"question": "q8", "op1": "a", "op2": "b", "op3": "c", "op4": "d", "cop": 1},
     }
     for name, row in rows.items():
         pq.write_table(pa.Table.from_pylist([row]), tmp_path / f"{name}.parquet")
@@ -266,6 +270,10 @@ def test_benchmarks_are_read_in_their_schemas(tmp_path):
     assert read["medmcqa"] == Item("medmcqa", "z", "q2", ("a", "b", "c", "d"), "b")
     assert read["medqa"] == Item("medqa", "1", "q3", ("a", "b"), "b")
     assert read["pubmedqa"][:3] == ("pubmedqa", "7", "q4")
+    assert read["medqa_hf"] == Item("medqa_hf", "train", "q5", ("a", "b", "c", "d"), "d")
+    assert read["pubmedqa_fold"] == Item("pubmedqa_fold", "1", "q6", (), "no")
+    assert read["headqa"] == Item("headqa", "1", "q7", ("a", "b"), "b")
+    assert read["careqa"] == Item("careqa", "1", "q8", ("a", "b", "c", "d"), "a")
     own = tmp_path / "own.jsonl"
     own.write_text(json.dumps({"question": "q5", "options": ["x", "y"], "answer": "y"}) + "\n")
     assert contamination.read_items(own) == [Item("own", "1", "q5", ("x", "y"), "y")]

@@ -532,12 +532,17 @@ def medical(rows, tmp_path_factory) -> Path:
     with forum.open("a", encoding="utf-8") as out:
         out.writelines(json.dumps(record) + "\n" for record in others)
     (root / "exam.jsonl").write_text(json.dumps({"question": known, "id": "e1"}) + "\n")
+    task = root / "cais" / "mmlu" / "virology"  # a benchmark lies where the sources do
+    task.mkdir(parents=True, exist_ok=True)
+    item = {"question": "Which virus?", "subject": "virology", "choices": ["a", "b", "c", "d"], "answer": 0}
+    (task / "test.jsonl").write_text(json.dumps(item) + "\n")
     return root
 
 
 def medical_config(work: Path, root: Path, *more: str):
     values = {"workdir": work, "data.sources": CHOSEN, "data.root": root, "data.mend": True, "data.duplicates": "near"}
-    values |= {"data.personal": "report", "data.benchmarks": root / "exam.jsonl", "data.rows_per_shard": 20}
+    values |= {"data.personal": "report", "data.benchmarks": f"{root / 'exam.jsonl'},mmlu_virology"}
+    values |= {"data.rows_per_shard": 20}
     values |= {"teacher.vocab_size": 480, "student.vocab_size": 440}
     flags = [f"--config.{key}={value}" for key, value in values.items()]
     return load_config(["--config", str(PROJECT / "configs" / "tiny.py"), *flags, *more])[0]

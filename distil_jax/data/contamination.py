@@ -8,7 +8,7 @@ form cost nothing.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,29 +123,41 @@ def report(refused: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 # ---- benchmarks in files ---------------------------------------------------------------------------------------------
 
-_SCHEMAS = {
-    "MMLU": ("question", "choices", "answer"),
-    "MedMCQA": ("question", "opa", "opb", "opc", "opd", "cop"),
-    "MedQA": ("question", "options", "answer_idx"),
-    "PubMedQA": ("pubid", "question"),
-    "own": ("question",),
-}
+class _Schema(NamedTuple):
+    """Where a benchmark's files keep the question, its choices and the right one."""
+
+    columns: tuple[str, ...]  # that tell the schema from others
+    question: str
+    options: str | tuple[str, ...] = ""  # a column with all of them, or a column for each
+    right: str = "answer"
+    first: int = 0  # the number of the first choice
+
+
+_SCHEMAS = (
+    _Schema(("question", "choices", "answer"), "question", "choices"),  # MMLU
+    _Schema(("question", "opa", "cop"), "question", ("opa", "opb", "opc", "opd"), "cop"),  # MedMCQA
+    _Schema(("question", "op1", "cop"), "question", ("op1", "op2", "op3", "op4"), "cop", 1),  # CareQA
+    _Schema(("question", "options", "answer_idx"), "question", "options", "answer_idx"),  # MedQA
+    _Schema(("sent1", "ending0", "label"), "sent1", ("ending0", "ending1", "ending2", "ending3"), "label"),  # MedQA
+    _Schema(("qtext", "answers", "ra"), "qtext", "answers", "ra", 1),  # HeadQA
+    _Schema(("QUESTION", "CONTEXTS", "final_decision"), "QUESTION", "", "final_decision"),  # PubMedQA
+    _Schema(("question",), "question", "options"),  # PubMedQA, and one's own
+)
 
 
 def read_items(path: str | Path) -> list[Item]:
-    """The questions of a .parquet, .jsonl or .csv file in the schema of MMLU, MedMCQA, MedQA or PubMedQA, or with a
-    `question` and, optionally, `options` (a list) and `answer` (its text). Raises UserError that names the file."""
+    """The questions of a .parquet, .jsonl or .csv file in the schema of MMLU, MedMCQA, MedQA, PubMedQA, HeadQA or
+    CareQA, or with a `question` and, optionally, `options` (a list) and `answer` (its text). Raises UserError that
+    names the file."""
     path = Path(path)
     if path.suffix.lower() not in READERS:
         raise UserError(f"{path}: config.data.benchmarks takes {', '.join(READERS)}")
     if not path.is_file():
         raise UserError(f"{path} does not exist; check config.data.benchmarks")
     columns, records = READERS[path.suffix.lower()](path, Strict())
-    if "question" not in columns:
-        has = ", ".join(columns) or "no rows"
-        raise UserError(f"{path}: no column 'question'{nearest('question', columns)}; it has {has}")
-    schema = next(name for name, wanted in _SCHEMAS.items() if set(wanted) <= set(columns))
-    return [_item(path, schema, number, record) for number, record in records]
+    _schema_of(columns, str(path))  # of an empty file too
+    benchmark = path.stem.replace(" ", "_")
+    return [item_of(record, benchmark, number, f"{path}, row {number}", columns) for number, record in records]
 
 
 class Strict:
@@ -155,27 +167,50 @@ class Strict:
         raise UserError(f"{file} cannot be read, row {row}: {reason}: {detail}; copy or write it again")
 
 
-def _item(path: Path, schema: str, number: int, record: Mapping[str, Any]) -> Item:
-    question = record.get("question")
+def item_of(
+    record: Mapping[str, Any], benchmark: str, number: int, where: str, columns: Sequence[str] | None = None
+) -> Item:
+    """The question of a benchmark's record. where: for the error; columns: of its file, where a record may lack some.
+
+    Raises UserError for a record of no known schema, or without a question.
+    """
+    schema = _schema_of(list(record) if columns is None else columns, where)
+    question = record.get(schema.question)
     if not isinstance(question, str) or not question.strip():
-        raise UserError(f"{path}, row {number}: the question is empty or no text; mend the row or take it out")
-    options: Any = record.get("choices") if schema == "MMLU" else record.get("options")
-    if schema == "MedMCQA":
-        options = [record[f"op{letter}"] for letter in "abcd"]
+        raise UserError(f"{where}: the question is empty or no text; mend the row or take it out")
+    if isinstance(schema.options, tuple):
+        options: Any = [record.get(name) for name in schema.options]
+    else:
+        options = record.get(schema.options)
     if isinstance(options, str):  # of a CSV file
         try:
             options = json.loads(options)
         except ValueError as error:
-            raise UserError(f"{path}, row {number}: its choices are no JSON ({error})") from error
+            raise UserError(f"{where}: its choices are no JSON ({error})") from error
     letters = list(LETTERS)
+    if isinstance(options, Mapping) and "atext" in options:  # HeadQA in Parquet: a record of lists
+        options = list(options["atext"])
     if isinstance(options, Mapping):
         letters, options = list(options), list(options.values())
-    options = tuple(str(o.get("value") if isinstance(o, Mapping) else o) for o in options or () if o is not None)
-    right = record.get({"MMLU": "answer", "MedMCQA": "cop", "MedQA": "answer_idx"}.get(schema, "answer"))
+    options = tuple(_text(option) for option in options or () if option is not None)
+    right = record.get(schema.right)
     if isinstance(right, str) and right in letters[: len(options)]:
-        right = letters.index(right)
+        right = letters.index(right) + schema.first
     elif isinstance(right, str) and right.isdigit() and options:
         right = int(right)  # of a CSV file
-    answer = options[right] if isinstance(right, int) and 0 <= right < len(options) else str(right or "")
+    chosen = right - schema.first if isinstance(right, int) and not isinstance(right, bool) else -1
+    answer = options[chosen] if 0 <= chosen < len(options) else str(right or "")
     name = str(record.get("id") or record.get("pubid") or number)
-    return Item(path.stem.replace(" ", "_"), name, question, options, answer)
+    return Item(benchmark, name, question, options, answer)
+
+
+def _schema_of(columns: Sequence[str], where: str) -> _Schema:
+    for schema in _SCHEMAS:
+        if set(schema.columns) <= set(columns):
+            return schema
+    has = ", ".join(columns) or "no rows"
+    raise UserError(f"{where}: no column 'question'{nearest('question', columns)}; it has {has}")
+
+
+def _text(option: Any) -> str:
+    return str(option.get("value", option.get("atext")) if isinstance(option, Mapping) else option)

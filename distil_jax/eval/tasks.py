@@ -145,7 +145,7 @@ HEADQA = Task(
     gold=lambda r: _number(r["ra"]) - 1,
 )
 # One record of CareQA_en has no question; the harness knows what was asked.
-_CAREQA_LOST = (
+CAREQA_LOST = (
     "In relation to the immune mechanism involved in the rejection of transplanted solid organs, indicate the "
     "incorrect answer:",
     "Acute T-cell mediated rejection can be controlled through the use of drugs such as cyclosporine A or "
@@ -159,7 +159,7 @@ _CAREQA_LOST = (
 
 def _careqa_context(record: Record) -> str:
     if record["question"] is None:
-        return _question_choices(_CAREQA_LOST[0], _CAREQA_LOST[1:])
+        return _question_choices(CAREQA_LOST[0], CAREQA_LOST[1:])
     return _question_choices(record["question"], [record[f"op{i}"] for i in range(1, 5)])
 
 
