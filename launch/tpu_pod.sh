@@ -202,7 +202,7 @@ $(worker install "${setting[shared]}")"
 
 slice_put() {
   (($#)) || fail "put: which files?"
-  copy --recurse "$@" "$name:${setting[mount]}/$name/data/" --worker=0
+  copy "$@" "$name:${setting[mount]}/$name/data/" --worker=0 --recurse
   tell "on the workers they are in ${setting[mount]}/$name/data/"
 }
 

@@ -1,6 +1,7 @@
-"""A cloud for the launch scripts in a folder: `gcloud` and its like as small programs that write down what they are asked
-and fail when they are told to. The workers of a slice are folders that are their homes, and what is sent to them by
-`gcloud ... ssh` runs there; what stands in `share` is the disk that outlives them.
+"""A cloud for the launch scripts in a folder: `gcloud` and its like as small programs that write down what they are
+asked, refuse flags that the real ones do not have, and fail when they are told to. The workers of a slice are folders
+that are their homes, and what is sent to them by `gcloud ... ssh` runs there; what stands in `share` is the disk that
+outlives them.
 """
 
 import json
@@ -10,6 +11,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import yaml
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -42,6 +45,21 @@ record()
 words = [w for w in sys.argv[1:] if not w.startswith("-")]
 flags = dict(w[2:].partition("=")[::2] for w in sys.argv[1:] if w.startswith("--"))
 kind, verb, name = words[2], words[3], words[4]
+place, create = {"zone", "project"}, {"accelerator-type", "spot", "reserved", "internal-ips", "network", "subnetwork"}
+create |= {"service-account"}
+known = {
+    ("tpu-vm", "create"): create | {"version"},
+    ("queued-resources", "create"): create | {"runtime-version", "node-id"},
+    ("tpu-vm", "ssh"): {"worker", "command", "internal-ip"},
+    ("tpu-vm", "scp"): {"worker", "recurse", "internal-ip"},
+    ("tpu-vm", "delete"): {"quiet"},
+    ("queued-resources", "delete"): {"quiet", "force"},
+    ("tpu-vm", "describe"): {"format"},
+    ("queued-resources", "describe"): {"format"},
+}
+if words[:2] != ["compute", "tpus"] or (wrong := set(flags) - known[kind, verb] - place):
+    print("unrecognized arguments:", wrong, file=sys.stderr)
+    sys.exit(2)
 state_file = FAKE / (kind + ".state")
 workers = FAKE / "workers"
 def home(index):
@@ -122,11 +140,39 @@ else:
         sys.exit(next((s for s in [p.wait() for p in running] if s), 0))
 """
 
-# Of a worker. distil-jax does what the next line of `plan` says: "exit N", "done", "hang", or "only WORKER N".
+_KUBECTL = """
+import stat, subprocess
+words = [w for w in sys.argv[1:] if not w.startswith("-")]
+record(sys.stdin.read() if words[0] == "apply" else None)
+told(words[0])
+if words[:2] == ["create", "secret"]:
+    (file,) = (w.partition("=")[2] for w in sys.argv if w.startswith("--from-env-file="))
+    print("mode", oct(stat.S_IMODE(os.stat(file).st_mode)), "of", Path(file).read_text())
+elif words[:2] == ["get", "jobset"] and (FAKE / "terminal").exists():
+    print((FAKE / "terminal").read_text())
+elif words[0] == "exec" and "tar" in words:
+    command = sys.argv[sys.argv.index("--") + 1 :]
+    sys.exit(subprocess.run([w.replace("/mnt/distil_jax", str(FAKE / "share")) for w in command]).returncode)
+"""
+
+# SLURM's: every task here, and the highest exit status. With CANCEL the batch script is told to end, as by scancel.
+_SRUN = """
+import signal, subprocess
+record()
+command = sys.argv[next(i for i, w in enumerate(sys.argv) if i and not w.startswith("-")) :]
+tasks = range(int(os.environ["SLURM_NTASKS"]))
+running = [subprocess.Popen(command, env={**os.environ, "SLURM_PROCID": str(i), "WORKER": str(i)}) for i in tasks]
+if "CANCEL" in os.environ:
+    os.kill(os.getppid(), signal.SIGTERM)
+sys.exit(max(p.wait() for p in running))
+"""
+
+# Of a worker. distil-jax does what the next line of `plan` says: "exit N", "done", "hang", "only WORKER N", or
+# "each N M ..." by the worker.
 _WORKER = {
     "sudo": 'exec "$@"',
     "apt-get": ":",
-    "mountpoint": '[[ -e $HOME/mounted ]]',
+    "mountpoint": "[[ -e $HOME/mounted ]]",
     "mount": 'echo "$*" >>"$FAKE/mounts"; touch "$HOME/mounted"',
     "mount.nfs": ":",
     "curl": 'echo "$WORKER"',
@@ -148,6 +194,7 @@ for work in "$@"; do [[ $work != --config.workdir=* ]] || work=${work#*=}; done
 echo "doing: $line"
 case $line in
   exit*) exit "${line#exit }" ;;
+  each*) read -r -a each <<<"$line"; exit "${each[WORKER + 1]}" ;;
   done) mkdir -p "$work/export"; echo weights >"$work/export/model.safetensors"; echo {} >"$work/summary.json" ;;
   only*) read -r _ which status <<<"$line"; [[ $WORKER != "$which" ]] || exit "$status" ;;&
   only* | hang) trap 'kill %1; exit 143' TERM; /bin/sleep 60 & wait ;;
@@ -156,10 +203,21 @@ esac""",
 _OLDER_NAMES = ("python3.14", "python3.13", "python3.12", "python3.11")
 
 
-class Cloud:
-    """The folder, and the checkout in it whose scripts run there."""
+def make_checkout(folder: Path) -> Path:
+    """A repository with a commit of the scripts as they are now, and of what setup_venv.sh reads."""
+    shutil.copytree(PROJECT / "launch", folder / "launch")
+    for name in ("setup.cfg", "pyproject.toml"):
+        shutil.copy(PROJECT / name, folder)
+    git = ["git", "-C", str(folder), "-c", "user.name=x", "-c", "user.email=x@x"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *words], check=True)
+    return folder
 
-    def __init__(self, root: Path, hosts: int = 2):
+
+class Cloud:
+    """The folder, and a copy of a checkout in it, whose scripts run there."""
+
+    def __init__(self, root: Path, checkout: Path, hosts: int = 2):
         self.root, self.checkout, self.share = root, root / "checkout", root / "share"
         for folder in ("bin", "failures", "workers", "share", "here", "checkout"):
             (root / folder).mkdir()
@@ -171,15 +229,11 @@ class Cloud:
             self.program(name, f"#!/bin/bash\n{text}\n")
         for name in _OLDER_NAMES:
             shutil.copy(root / "bin" / "python3", root / "bin" / name)
-        for name in ("kubectl", "sbatch", "scontrol"):
-            stdin = "sys.stdin.read()" if name == "kubectl" else "None"
-            self.program(name, record + f'record({stdin})\ntold("{name}")\n')
-        shutil.copytree(PROJECT / "launch", self.checkout / "launch")
-        for name in ("setup.cfg", "pyproject.toml"):
-            shutil.copy(PROJECT / name, self.checkout)
-        git = ["git", "-C", str(self.checkout), "-c", "user.name=x", "-c", "user.email=x@x"]
-        for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
-            subprocess.run([*git, *words], check=True)
+        self.program("kubectl", record + _KUBECTL)
+        self.program("srun", record + _SRUN)
+        for name in ("sbatch", "scontrol"):
+            self.program(name, record + "record()\n")
+        shutil.copytree(checkout, self.checkout, dirs_exist_ok=True)
 
     def program(self, name: str, text: str) -> None:
         path = self.root / "bin" / name
@@ -200,18 +254,22 @@ class Cloud:
         events = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps({**events, str(at): state}))
 
-    def run(self, script: str, *words: str, **environment: str) -> subprocess.CompletedProcess:
-        """A launch script to its end, in the folder `here`."""
+    def run(self, script: str, *words: str, cwd: str = "here", **environment: str) -> subprocess.CompletedProcess:
+        """A launch script to its end."""
         path = f"{self.root}/bin:{os.environ['PATH']}"
         environment = {"PATH": path, "HOME": str(self.root / "here"), "FAKE": str(self.root), **environment}
         command = ["bash", str(self.checkout / "launch" / script), *words]
-        return subprocess.run(
-            command, cwd=self.root / "here", env=environment, capture_output=True, text=True, timeout=60
-        )
+        return subprocess.run(command, cwd=self.root / cwd, env=environment, capture_output=True, text=True, timeout=60)
 
     def calls(self) -> list[list[str]]:
         path = self.root / "calls.jsonl"
         return [json.loads(line)["argv"] for line in path.read_text().splitlines()] if path.exists() else []
+
+    def manifests(self) -> list[dict]:
+        """What kubectl was given, in order."""
+        lines = (self.root / "calls.jsonl").read_text().splitlines()
+        given = [json.loads(line).get("stdin", "") for line in lines]
+        return [document for text in given for document in yaml.safe_load_all(text) if isinstance(document, dict)]
 
     def made(self, *words: str) -> list[list[str]]:
         """The calls that have these words beside each other."""
