@@ -176,7 +176,7 @@ _WORKER = {
     "mount": 'echo "$*" >>"$FAKE/mounts"; touch "$HOME/mounted"',
     "mount.nfs": ":",
     "curl": 'echo "$WORKER"',
-    "sleep": "exec /bin/sleep 0.01",
+    "sleep": "exec /bin/sleep 0.03",
     "python3": """
 case "$*" in
   "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;

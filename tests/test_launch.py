@@ -2,10 +2,14 @@
 
 import fcntl
 import hashlib
+import http.server
+import os
 import shlex
+import socket
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -213,6 +217,90 @@ def test_flags_win_over_the_settings_file(cloud, place):
     (cloud.root / "here" / "pod.conf").write_text("zone = elsewhere\nspot = yes\nname = mine\n")
     shown = well(cloud.run("tpu_pod.sh", "create", *place, "--settings", "pod.conf", "--dry-run"))
     assert "tpu-vm create mine --zone=us-west4-a" in shown and "--spot" in shown
+
+
+# --- how the processes of each launcher find each other ---------------------------------------------------------------
+
+JOIN = """
+import functools, os, sys, jax
+from distil_jax import cli, hosts
+if "TPU_WORKER_HOSTNAMES" not in os.environ:  # GKE sets it too, JAX where it sees no chips
+    os.environ.pop("TPU_SKIP_MDS_QUERY", None)
+from jax._src.clusters import ClusterEnv
+print(next((c.__name__ for c in ClusterEnv._cluster_types if not c.opt_in_only_method and c.is_env_present()), "none"))
+if "HASTE" in os.environ:
+    jax.distributed.initialize = functools.partial(jax.distributed.initialize, initialization_timeout=1)
+status = cli._guarded(lambda: hosts.start() or 0)
+print(hosts.index(), "of", hosts.count()) if not status else None
+os._exit(status)
+"""
+
+
+def joined(*environments: dict[str, str]) -> list[tuple[int, str]]:
+    """Processes with DISTIL_JAX_HOSTS=auto, each with an environment: (exit status, what it said)."""
+    shared = {"JAX_PLATFORMS": "cpu", "DISTIL_JAX_HOSTS": "auto", "JAX_COORDINATOR_PORT": str(free_port())}
+    command = [sys.executable, "-c", JOIN]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    running = [subprocess.Popen(command, env={**os.environ, **shared, **own}, **pipe) for own in environments]
+    said = [process.communicate(timeout=120)[0] for process in running]
+    return [(process.returncode, text) for process, text in zip(running, said, strict=True)]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture
+def metadata():
+    """Starts a metadata server, as Google's machines have one, for a worker of two; returns its address."""
+    servers = []
+
+    def start(worker: int) -> str:
+        answers = {"agent-worker-number": str(worker), "worker-network-endpoints": "127.0.0.1,127.0.0.1"}
+
+        class Answers(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(answers.get(self.path.rsplit("/", 1)[1], "").encode())
+
+            def log_message(self, *args):
+                pass
+
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"127.0.0.1:{servers[-1].server_address[1]}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("launcher", ["SLURM", "TPU VMs", "GKE"])
+def test_auto_finds_the_processes_of_every_launcher(launcher, metadata):
+    """JAX's own detection, with what each launcher gives a process; only the chips are missing."""
+    kind = {"SLURM": "SlurmCluster", "TPU VMs": "GceTpuCluster", "GKE": "GkeTpuCluster"}[launcher]
+
+    def given(index: int) -> dict[str, str]:
+        if launcher == "SLURM":
+            job = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+            return job | {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)}
+        tpu = {"JAX_FORCE_TPU_INIT": "1", "GCE_METADATA_IP": metadata(index)}
+        if launcher == "GKE":
+            tpu |= {"TPU_WORKER_HOSTNAMES": "localhost,localhost", "TPU_WORKER_ID": str(index)}
+        return tpu
+
+    assert joined(given(0), given(1)) == [(0, f"{kind}\n0 of 2\n"), (0, f"{kind}\n1 of 2\n")]
+
+
+def test_a_host_without_an_address_is_worth_another_start_and_no_cluster_is_not(metadata):
+    tpu = {"JAX_FORCE_TPU_INIT": "1", "GCE_METADATA_IP": metadata(1), "HASTE": "1", "TPU_WORKER_ID": "1"}
+    (lost, said), (nowhere, _) = joined({**tpu, "TPU_WORKER_HOSTNAMES": "nowhere.invalid,localhost"}, {})
+    assert (lost, nowhere) == (errors.HOST_LOST, errors.INPUT), said
+    assert "did not find each other" in said
 
 
 # --- what an exit status asks for -------------------------------------------------------------------------------------
