@@ -103,7 +103,7 @@ jobset_run() {
   (($#)) || fail "run: with which arguments? gke.sh run ... -- run --config configs/NAME.py"
   [[ $image ]] || fail "--image is missing: launch/Dockerfile says how it is made"
   [[ $shared == *:/* ]] || fail "--shared HOST:/EXPORT is missing: an NFS server in the cluster's network (docs/scale.md)"
-  [[ " $* " == *" --config.workdir"* ]] || set -- "$@" "--config.workdir=/mnt/distil_jax/$name/work"
+  [[ " $* " == *" --config.workdir"* ]] || set -- "$@" "--config.workdir=/mnt/distil_jax/$name"
   filled gke_volume.yaml | applied
   give_secrets
   # A JobSet that has ended would stay as it is, and nothing would run.
@@ -193,7 +193,7 @@ fetch_all() {
   shift
   step mkdir -p "$folder"
   # What is there of it; tar says what is not, and goes on.
-  local inside=(tar -cf - -C "/mnt/distil_jax/$name/work" --ignore-failed-read "$@")
+  local inside=(tar -cf - -C "/mnt/distil_jax/$name" --ignore-failed-read "$@")
   if [[ $dry_run ]]; then
     echo "$(shown "${kubectl[@]}" exec "$name-reader" -- "${inside[@]}") >$part"
   else

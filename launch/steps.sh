@@ -1,6 +1,9 @@
 # Sourced. A step is a command that --dry-run shows in place of running it. Wants `say` and `fail` of setup_venv.sh.
 # shellcheck shell=bash disable=SC2034 # what is set here is read there
 
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) ||
+  fail "bash 4.4 or newer is needed, and this is $BASH_VERSION (macOS: brew install bash)"
+
 dry_run=${dry_run:-}
 TRY_AGAIN=75 # exit status of what may go better later: no capacity, a network that failed
 SECRETS=(HF_TOKEN WANDB_API_KEY)

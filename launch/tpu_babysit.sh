@@ -162,20 +162,20 @@ look() {
 
 # Until the run has ended or its slice is lost: sets `outcome`, "ended STATUS" or what happened to the slice.
 watch() {
-  local lost=0 uneven=0 told=""
+  local lost=0 uneven=0 told="" answered
   while true; do
     nap "$every"
-    if look; then
-      lost=0
-    else
-      lost=$((lost + 1))
-    fi
+    answered=""
+    ! look || answered=yes
     [[ $told == "$state" ]] || note "the slice is $state"
     told=$state
     case $state in
       gone* | none) outcome=$state; return ;;
+      ready) ;;
+      *) continue ;; # it is repaired; or this machine has no network, which says nothing about the slice
     esac
-    if ((lost)); then
+    if [[ ! $answered ]]; then
+      lost=$((lost + 1))
       note "not every worker has answered ($lost of $LOST_LOOKS)"
       ((lost < LOST_LOOKS)) && continue
       cat "$scratch/look"
@@ -183,6 +183,7 @@ watch() {
       pod delete || true
       return
     fi
+    lost=0
     if ((running == 0)); then
       outcome="ended $(run_status "${ended[@]}" "$((${#ended[@]} == hosts ? 0 : 137))")"
       return

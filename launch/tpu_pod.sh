@@ -53,6 +53,7 @@ slice_create() {
   case $found in
     ready | waiting) say "$name is there already: $found"; return ;;
     gone*) say "removing what is left of $name ($found)"; slice_delete ;;
+    unknown) say "gcloud does not say whether there is a $name" >&2; return "$TRY_AGAIN" ;;
   esac
   [[ ${setting[spot]} == no ]] || options+=(--spot)
   [[ ${setting[reserved]} == no ]] || options+=(--reserved)

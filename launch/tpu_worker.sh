@@ -9,8 +9,9 @@
 #   tpu_worker.sh logs NAME MOUNT LINES [follow]
 #   tpu_worker.sh pack NAME MOUNT WHAT...           a tar of what is there of it, in ~/.distil_jax
 #
-# The run's folder, MOUNT/NAME, is on the shared disk and outlives the slice: work/ of distil-jax, xla/ with compiled
-# programs, data/ for files of yours, launch/ with a log for each worker. What speaks of this machine is in ~/.distil_jax.
+# The run's folder, MOUNT/NAME, is on the shared disk and outlives the slice. It is the work folder of distil-jax, and holds
+# xla/ with compiled programs, data/ for files of yours, launch/ with a log for each worker. What speaks of this machine is
+# in ~/.distil_jax.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 own=$HOME/.distil_jax
@@ -137,7 +138,7 @@ go() {
     set +a
   fi
   export DISTIL_JAX_HOSTS=${DISTIL_JAX_HOSTS-auto} JAX_COMPILATION_CACHE_DIR=$run/xla
-  [[ " $* " == *" --config.workdir"* ]] || set -- "$@" "--config.workdir=$run/work"
+  [[ " $* " == *" --config.workdir"* ]] || set -- "$@" "--config.workdir=$run"
   say "$(date -u +%FT%TZ) worker $(worker_index) on $(hostname): distil-jax $*"
   trap : TERM # for distil-jax, which saves; this shell writes down how it ended
   .venv/bin/distil-jax "$@" || status=$?
@@ -182,12 +183,13 @@ logs() {
 }
 
 pack() {
-  local wanted found=()
-  cd "$run/work" || fail "there is no $run/work yet"
+  local wanted found=() there
+  cd "$run" || fail "there is no $run"
   for wanted in "$@"; do
     [[ ! -e $wanted ]] || found+=("$wanted")
   done
-  ((${#found[@]})) || fail "none of $* is in $run/work yet; there are: $(ls)"
+  there=(*)
+  ((${#found[@]})) || fail "none of $* is in $run yet; there are: ${there[*]}"
   tar -cf "$own/results.tar.part" "${found[@]}"
   mv "$own/results.tar.part" "$own/results.tar"
   say "packed ${found[*]}"
