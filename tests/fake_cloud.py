@@ -254,12 +254,23 @@ class Cloud:
         events = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps({**events, str(at): state}))
 
-    def run(self, script: str, *words: str, cwd: str = "here", **environment: str) -> subprocess.CompletedProcess:
-        """A launch script to its end."""
+    def start(self, script: str, *words: str, cwd: str = "here", **environment: str) -> subprocess.Popen:
+        """A launch script under way."""
         path = f"{self.root}/bin:{os.environ['PATH']}"
         environment = {"PATH": path, "HOME": str(self.root / "here"), "FAKE": str(self.root), **environment}
         command = ["bash", str(self.checkout / "launch" / script), *words]
-        return subprocess.run(command, cwd=self.root / cwd, env=environment, capture_output=True, text=True, timeout=60)
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=self.root / cwd, env=environment, **pipe)
+
+    def run(self, script: str, *words: str, cwd: str = "here", **environment: str) -> subprocess.CompletedProcess:
+        """A launch script to its end."""
+        process = self.start(script, *words, cwd=cwd, **environment)
+        try:
+            said, complained = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        return subprocess.CompletedProcess(process.args, process.returncode, said, complained)
 
     def calls(self) -> list[list[str]]:
         path = self.root / "calls.jsonl"

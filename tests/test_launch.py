@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -402,6 +403,21 @@ def test_a_cloud_that_says_nothing_is_no_lost_slice(cloud, place):
     status, said = babysit(cloud, place)
     assert status == 0 and "the slice is unknown" in said, said
     assert verbs(cloud) == ["create"]
+
+
+def test_a_babysitter_that_is_stopped_leaves_the_run(cloud, place):
+    cloud.plan("hang")
+    process = cloud.start("tpu_babysit.sh", *place, *RUN)
+    log = cloud.root / "here" / "distil-jax.babysit.log"
+    for _ in range(600):
+        if log.exists() and "the slice is ready" in log.read_text():
+            break
+        time.sleep(0.05)
+    process.terminate()
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode == 130 and "and its run go on and cost" in said
+    assert said == log.read_text() and verbs(cloud) == ["create"]
+    assert well(cloud.run("tpu_pod.sh", "status", *place)).count("running") == 2
 
 
 def test_two_do_not_take_care_of_one_run(cloud, place):
