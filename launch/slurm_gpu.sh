@@ -73,7 +73,8 @@ in_job() {
   say "$(date -u +%FT%TZ) start ${SLURM_RESTART_COUNT:-0} on ${SLURM_JOB_NODELIST:-?}: distil-jax $*"
   start "$@" || given=$?
   status=$(ending "$given")
-  say "$(date -u +%FT%TZ) exit status $status: $(what_next "$status")"
+  say "$(date -u +%FT%TZ) exit status $status"
+  [[ ! $cancelled || $(what_next "$status") == "done" ]] || { say "cancelled"; leave 143; }
   case $(what_next "$status") in
     few)
       had=$(cat "$notes/faults" 2>/dev/null || echo 0)
@@ -82,7 +83,6 @@ in_job() {
       ;;
     done | mend) leave "$status" ;;
   esac
-  [[ ! $cancelled ]] || leave 143
   ((${SLURM_RESTART_COUNT:-0} < restarts)) || { say "no starts are left"; leave "$status"; }
   say "queued again"
   scontrol requeue "$SLURM_JOB_ID"
