@@ -24,6 +24,12 @@ class UserError(ValueError):
     status = INPUT
 
 
+class HostLost(UserError):
+    """Another process of the run is gone, or has not come."""
+
+    status = HOST_LOST
+
+
 class Diverged(UserError):
     """Too many updates of a training run were not finite."""
 

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from distil_jax.errors import HOST_LOST, INPUT, UserError
+from distil_jax.errors import HOST_LOST, INPUT, HostLost, UserError
 
 VARIABLE = "DISTIL_JAX_HOSTS"
 LOST_SECONDS = 40.0  # without a sign of life
@@ -35,7 +35,8 @@ _monitor: "Monitor | None" = None
 def start() -> None:
     """Joins the other processes of the run, if `DISTIL_JAX_HOSTS` names any. Before any other use of JAX.
 
-    Raises UserError for a value that names none, or if the others do not come within five minutes.
+    Raises UserError for a value that names none, HostLost if the first host has no address within five minutes. If the
+    others do not come in that time, JAX aborts the process (134).
     """
     global _monitor
     value = os.environ.get(VARIABLE, "")
@@ -50,8 +51,10 @@ def start() -> None:
         # JAX's own sign of life comes after ours: it ends a process by SIGABRT, with a stack trace.
         jax.distributed.initialize(**given, heartbeat_timeout_seconds=round(3 * LOST_SECONDS))
     except (RuntimeError, ValueError) as error:
+        # A value that is wrong stays so; a host that has no address yet may have one when the run is started again.
+        kind = UserError if isinstance(error, ValueError) else HostLost
         first = str(error).splitlines()[0]
-        raise UserError(f"{VARIABLE}={value}: the processes of this run did not find each other ({first})") from error
+        raise kind(f"{VARIABLE}={value}: the processes of this run did not find each other ({first})") from error
     if jax.process_count() > 1:
         _monitor = Monitor(_client(), jax.process_index(), jax.process_count())
         _monitor.start()
