@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("distil_jax.generation.command:main", "ask a model, talk to it, or answer a file of prompts"),
     "compile": ("distil_jax.compile:main", "whether a step fits a TPU slice that is not there, and its least time"),
     "report": ("distil_jax.report:main", "the table, summary.json and a page with curves and answers"),
+    "speed": ("distil_jax.speed:main", "tokens per second of models side by side, under one protocol"),
     "doctor": ("distil_jax.doctor:main", "what this machine has, and the fix for each fault (--config is optional)"),
 }
 _CONFIG_OPTIONAL = ("doctor",)
@@ -50,6 +51,7 @@ _OWN_ARGUMENTS = (
     "inspect",
     "generate",
     "compile",
+    "speed",
 )  # beside a config; generate works without one too, data takes none
 # In the errors of collectives and of the coordination service when a process of the run has ended.
 _OF_ANOTHER_HOST = (
