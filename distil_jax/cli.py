@@ -41,7 +41,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("distil_jax.export:main", "the distilled student as a Hugging Face directory"),
     "generate": ("distil_jax.generation.command:main", "ask a model, talk to it, or answer a file of prompts"),
     "compile": ("distil_jax.compile:main", "whether a step fits a TPU slice that is not there, and its least time"),
-    "report": ("distil_jax.report:main", "the table, summary.json and a page with curves and answers"),
+    "report": ("distil_jax.report:main", "summary.json and a page with plots; `report DIR DIR --out FILE` compares"),
     "speed": ("distil_jax.speed:main", "tokens per second of models side by side, under one protocol"),
     "doctor": ("distil_jax.doctor:main", "what this machine has, and the fix for each fault (--config is optional)"),
 }
@@ -89,6 +89,8 @@ def stage_main(main_fn: Callable[[Any], Any], argv: list[str] | None = None) -> 
 def _dispatch(command: str, argv: list[str]) -> int:
     if command not in COMMANDS:
         raise UserError(f"no command {command!r}{nearest(command, COMMANDS)}; there are {', '.join(COMMANDS)}")
+    from distil_jax.config import config_argument
+
     module, function = COMMANDS[command][0].split(":")
     use_compilation_cache()
     hosts.start()
@@ -97,6 +99,8 @@ def _dispatch(command: str, argv: list[str]) -> int:
     main_fn = getattr(importlib.import_module(module), function)
     if command == "project" and argv[:1] == ["inspect"]:
         return importlib.import_module("distil_jax.look.mapping").main(argv[1:])
+    if command == "report" and config_argument(argv) is None:
+        return importlib.import_module("distil_jax.page.command").main(argv)
     if command in _OWN_ARGUMENTS:
         return main_fn(argv)
     return _run_stage(main_fn, f"distil-jax {command}", argv, config_optional=command in _CONFIG_OPTIONAL)

@@ -20,6 +20,7 @@ from distil_jax.eval import speed
 from distil_jax.manifest import write_json_atomic
 from distil_jax.models import hub
 from distil_jax.models.int8 import quantize
+from distil_jax.tables import speed_in_words, speed_rows
 
 
 def parser() -> arguments.Parser:
@@ -81,11 +82,11 @@ def print_table(found: dict[str, Any]) -> None:
     from rich.text import Text
 
     console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
-    header, *rows = speed.rows(found)
+    header, *rows = speed_rows(found)
     table = Table()
     for column in header:
         table.add_column(column, justify="left" if not column else "right")
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)
-    console.print(Text(speed.in_words(found)), soft_wrap=True)
+    console.print(Text(speed_in_words(found)), soft_wrap=True)

@@ -120,28 +120,3 @@ def _turn(model: Any, params: Any, protocol: Protocol, seed: int) -> dict[str, f
         pass
     ended = time.perf_counter()
     return {"prefill": read - started, "decode": ended - read, "whole": ended - started}
-
-
-def rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The result as text cells, header first."""
-    header = ("", "parameters", "prefill, tokens/s", "decode, tokens/s", "whole, new tokens/s", "times as fast")
-    table: list[tuple[str, ...]] = [header]
-    for name, of_model in found["models"].items():
-        speed = of_model["tokens_per_second"]
-        told = "1"
-        if pair := found["ratios"].get(name, {}).get("whole"):
-            told = f"{pair['value']:.2f} [{pair['interval'][0]:.2f}, {pair['interval'][1]:.2f}]"
-        table.append((name, f"{of_model['parameters']:,}", *(f"{speed[part]:,.1f}" for part in PARTS), told))
-    return table
-
-
-def in_words(found: Mapping[str, Any]) -> str:
-    """The protocol as a sentence."""
-    p = found["protocol"]
-    dtypes = dict.fromkeys(of_model["dtype"] for of_model in found["models"].values())
-    return (
-        f"{p['prompt_tokens']} prompt and {p['new_tokens']} new tokens, prompts at a time: {p['batch']}, greedy; "
-        f"medians of {p['turns']} turns after {p['warm_up']} to warm up, the models in turns, on {found['device']} in "
-        f"{', '.join(dtypes)}. Times as fast: of the whole, against {found['against']}, with a 95 % bootstrap over "
-        "turns. Tokens are each model's own."
-    )
