@@ -126,6 +126,11 @@ def get_config() -> ConfigDict:
     c.evaluation.rows = 64  # packed test rows that are scored, spread over the split; 0: all
     c.evaluation.curve_rows = 16  # validation rows behind the curve of the report
     c.evaluation.bootstrap = 2000  # resamples of documents behind each interval
+    # Benchmarks that every model answers (docs/evaluation.md): "mmlu_medical,medmcqa"; empty: none.
+    c.evaluation.tasks = ""
+    c.evaluation.task_data = "hub"  # or the folder with their files
+    c.evaluation.shots = "0"  # examples before each question; "0,5" for both
+    c.evaluation.limit = 0  # items of each task, 0 for all
     c.evaluation.answers = 4  # held-out questions answered by each model in the report
     c.evaluation.answer_tokens = 48
 

@@ -161,6 +161,32 @@ class Checkpoints:
         self.close()
 
 
+def read_part(directory: Any, abstract_part: Any, step: int | None = None) -> tuple[int, Any]:
+    """`(step, part)` of a checkpoint: the leaves that `abstract_part` names, as for `restore_latest`; nothing else is
+    read, and nothing in the folder changes, so a run that goes on meanwhile is not disturbed.
+
+    step: that one; None: the newest whole one. Raises UserError if there is none, or it holds other leaves.
+    """
+    directory = epath.Path(directory).absolute()
+    found = sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit()) if directory.exists() else []
+    if step is not None and step not in found:
+        raise UserError(f"{directory} has no checkpoint of step {step}; it has {', '.join(map(str, found)) or 'none'}")
+    abstract_part = jax.tree.map(_abstract, abstract_part)
+    for one in reversed(found) if step is None else (step,):
+        if fault := _broken_seal(directory / str(one)):
+            if step is not None:
+                raise UserError(f"checkpoint {directory / str(one)} is damaged ({fault}); choose another step")
+            _warn(f"checkpoint {directory / str(one)} is damaged ({fault}); trying the one before it")
+            continue
+        leaves = (ocp.metadata(directory / str(one)).custom_metadata or {}).get("leaves") or {}
+        wanted = {name for name, _ in _named_leaves(abstract_part)}
+        _check_same({k: v for k, v in leaves.items() if k in wanted}, abstract_part, directory / str(one))
+        with ocp.Context() as context:
+            context.pytree.loading.partial_load = True
+            return one, ocp.load(directory / str(one), abstract_part)
+    raise UserError(f"{directory} has no whole checkpoint: train this run first")
+
+
 @contextlib.contextmanager
 def on_sigterm() -> Iterator[SimpleNamespace]:
     """`with on_sigterm() as stop:` a SIGTERM sets `stop.requested`, for the loop to save and leave.

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import distil_jax
-from distil_jax import hosts
+from distil_jax import arguments, hosts
 from distil_jax.errors import FAILED, HOST_LOST, INPUT, INTERRUPTED, OUT_OF_MEMORY, UserError, nearest
 
 # Command -> what runs, imported when it does, and the line of --help. In the order of a run.
@@ -37,7 +37,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("distil_jax.train:main", "train teacher and controls; once `project` has run, the distilled student"),
     "project": ("distil_jax.project:main", "build, fit and measure the vocabulary projection; `project inspect TEXT`"),
     "score": ("distil_jax.score:main", "what the teacher says of the training shards, once, for teacher.scores=stored"),
-    "evaluate": ("distil_jax.evaluate:main", "held-out bits per byte, accuracy and agreement of every model"),
+    "evaluate": (
+        "distil_jax.evaluate:main",
+        "held-out text and benchmarks for every model; `evaluate PATH --tasks ...` for any model",
+    ),
     "export": ("distil_jax.export:main", "the distilled student as a Hugging Face directory"),
     "generate": ("distil_jax.generation.command:main", "ask a model, talk to it, or answer a file of prompts"),
     "compile": ("distil_jax.compile:main", "whether a step fits a TPU slice that is not there, and its least time"),
@@ -101,6 +104,8 @@ def _dispatch(command: str, argv: list[str]) -> int:
         return importlib.import_module("distil_jax.look.mapping").main(argv[1:])
     if command == "report" and config_argument(argv) is None:
         return importlib.import_module("distil_jax.page.command").main(argv)
+    if command == "evaluate" and set(arguments.split(argv)[0]) - {"-h", "--help"}:
+        return importlib.import_module("distil_jax.eval.command").main(argv)
     if command in _OWN_ARGUMENTS:
         return main_fn(argv)
     return _run_stage(main_fn, f"distil-jax {command}", argv, config_optional=command in _CONFIG_OPTIONAL)

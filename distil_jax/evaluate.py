@@ -14,6 +14,10 @@ token_accuracy: at root positions, where both tokenizations stand at the same by
 agreement_with_teacher: at root positions, how often the student's most likely token is the first piece of the
     teacher's.
 by_class: bits per byte and accuracy of words, digits, whitespace, punctuation and bytes (eval/by_class.py).
+
+With config.evaluation.tasks every model also answers these benchmarks (docs/evaluation.md): answers/MODEL.json has the
+log-likelihood of every choice, "benchmarks" of the manifest accuracies with intervals over items. Models without a
+config: `distil-jax evaluate PATH --tasks ...` (eval/command.py).
 """
 
 import functools
@@ -27,7 +31,7 @@ from ml_collections import ConfigDict
 
 from distil_jax import learners, variants
 from distil_jax.data.loader import Loader
-from distil_jax.eval import bootstrap, likelihood
+from distil_jax.eval import bootstrap, likelihood, stage_tasks
 from distil_jax.eval.by_class import ByClass, ClassScores, Spans
 from distil_jax.projection import Projection
 from distil_jax.tokens import align
@@ -50,6 +54,7 @@ def main(config: ConfigDict) -> dict[str, Any]:
     mesh = learners.mesh_of(config)
     tables = learners.tables_of(work)
     e = config.evaluation
+    tasks = stage_tasks.of(work, mesh, stage.folder)
     with jax.set_mesh(mesh):
         loader = Loader(work / "corpus", corpus["shards"][SPLIT], e.batch_size, 0)
         rows = collect(loader, e)
@@ -59,15 +64,16 @@ def main(config: ConfigDict) -> dict[str, Any]:
         def scorer_of(side, model):
             return likelihood.make_scorer(model, side, block=config.objective.block, mesh=mesh)
 
-        def scored(side, model, params):
+        def scored(side, model, params, name):
+            tasks.answered_by(name, side, model, params)
             values = likelihood.sweep(scorer_of(side, model), params, loader.sweep(e.batch_size, e.rows), mesh)
             values = {name: array[: len(loader.spread(e.rows))] for name, array in values.items()}
             return values | {"parameters": learners.count(params)}
 
-        scores = {"teacher": scored("teacher", *learners.teacher(work, mesh))}
-        scores["student_before"] = scored("student", *learners.untrained(work, "student", mesh))
+        scores = {"teacher": scored("teacher", *learners.teacher(work, mesh), "teacher")}
+        scores["student_before"] = scored("student", *learners.untrained(work, "student", mesh), "student_before")
         for run in config.runs:
-            scores[run] = scored("student", *learners.trained(work, run, mesh))
+            scores[run] = scored("student", *learners.trained(work, run, mesh), run)
 
     documents = Documents(rows, tables)
     results = {
@@ -104,7 +110,7 @@ def main(config: ConfigDict) -> dict[str, Any]:
         }
         for name, of in of_each.items()
     }
-    return stage.finish(**facts)
+    return stage.finish(**facts, **tasks.facts())
 
 
 def collect(loader: Loader, e: ConfigDict) -> dict[str, np.ndarray]:

@@ -24,6 +24,7 @@ from distil_jax import hosts, manifest, variants
 from distil_jax.config import config_hash, flatten
 from distil_jax.data import catalogue, reading
 from distil_jax.errors import UserError
+from distil_jax.eval import own, records, tasks
 from distil_jax.metrics import peak_memory_bytes
 from distil_jax.variants import UNTAUGHT
 
@@ -117,6 +118,8 @@ class Workdir:
         facts = [self.key(other) for other in self.inputs(stage)]
         if stage == "corpus":
             facts += self.files_of_corpus()
+        if stage == "evaluate" and self.config.evaluation.tasks:
+            facts += self.files_of_tasks()
         if stage == "export":
             given = names_of(self.config.export.licence_files)
             facts += [_file_facts("config.export.licence_files", name) for name in given]
@@ -130,6 +133,20 @@ class Workdir:
         for source in catalogue.chosen(names_of(data.sources)) if data.sources else ():
             if reading.is_folder(data.root):
                 facts += [_file_facts("config.data.root", unit.file) for unit in reading.units(source, data.root)]
+        return facts
+
+    def files_of_tasks(self) -> list[tuple[str, int, int]]:
+        """(name, bytes, time of the last change) of each local file that benchmarks are read from."""
+        e = self.config.evaluation
+        folder = None if e.task_data in ("", "hub") else e.task_data
+        facts = []
+        chosen, _ = tasks.named(names_of(e.tasks), own.task_of)
+        for task in chosen:
+            if task.files is None and folder is None:
+                continue  # of the hub
+            splits = (task.split, *((task.shots_split,) if max(shots_of("config.evaluation.shots", e.shots)) else ()))
+            for split in splits:
+                facts += [_file_facts("config.evaluation.tasks", str(f)) for f in records.files(task, split, folder)]
         return facts
 
     def done(self, stage: str) -> dict[str, Any] | None:
@@ -219,6 +236,18 @@ def files_of(config: ConfigDict) -> list[str]:
 def names_of(text: str) -> list[str]:
     """The parts of a comma-separated list."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def shots_of(key: str, text: str) -> list[int]:
+    """The numbers of examples in "0,5". Raises UserError naming the key."""
+    found = []
+    for part in names_of(text):
+        if not part.isdigit():
+            raise UserError(f"{key}={text!r}: {part!r} is no number of examples; write 0, or 0,5")
+        found.append(int(part))
+    if not found:
+        raise UserError(f"{key} is empty: write 0, or 0,5")
+    return list(dict.fromkeys(found))
 
 
 def _file_facts(key: str, name: str) -> tuple[str, int, int]:

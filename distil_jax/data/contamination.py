@@ -140,7 +140,7 @@ def read_items(path: str | Path) -> list[Item]:
         raise UserError(f"{path}: config.data.benchmarks takes {', '.join(READERS)}")
     if not path.is_file():
         raise UserError(f"{path} does not exist; check config.data.benchmarks")
-    columns, records = READERS[path.suffix.lower()](path, _Strict())
+    columns, records = READERS[path.suffix.lower()](path, Strict())
     if "question" not in columns:
         has = ", ".join(columns) or "no rows"
         raise UserError(f"{path}: no column 'question'{nearest('question', columns)}; it has {has}")
@@ -148,7 +148,7 @@ def read_items(path: str | Path) -> list[Item]:
     return [_item(path, schema, number, record) for number, record in records]
 
 
-class _Strict:
+class Strict:
     """Takes the place of a quarantine: a benchmark of which a line is lost would let that question through."""
 
     def add(self, file: str | Path, row: int | str, reason: str, detail: str = "") -> None:
