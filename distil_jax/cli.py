@@ -46,6 +46,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compile": ("distil_jax.compile:main", "whether a step fits a TPU slice that is not there, and its least time"),
     "report": ("distil_jax.report:main", "summary.json and a page with plots; `report DIR DIR --out FILE` compares"),
     "speed": ("distil_jax.speed:main", "tokens per second of models side by side, under one protocol"),
+    "probes": ("distil_jax.eval.probe_files:main", "of a file of questions: none of the above, false questions"),
     "doctor": ("distil_jax.doctor:main", "what this machine has, and the fix for each fault (--config is optional)"),
 }
 _CONFIG_OPTIONAL = ("doctor",)
@@ -55,6 +56,7 @@ _OWN_ARGUMENTS = (
     "generate",
     "compile",
     "speed",
+    "probes",
 )  # beside a config; generate works without one too, data takes none
 # In the errors of collectives and of the coordination service when a process of the run has ended.
 _OF_ANOTHER_HOST = (

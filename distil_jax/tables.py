@@ -119,7 +119,7 @@ def accuracy_rows(tasks: Sequence[Any], means: Sequence[Any], models: Sequence[s
         cells = []
         for name in models:
             m = t["models"].get(name)
-            cells.append(f"{share(m['accuracy'], m['interval'])} ({m['acc_norm']:.1%})" if m else "")
+            cells.append(f"{share(m['accuracy'], m['interval'])} ({m['acc_bytes']:.1%})" if m else "")
         rows.append((t["task"], f"{t['shots']}", f"{t['items']:,}", f"{t['chance']:.1%}", *cells))
     for mean in means:
         for kind, words in (("unweighted", "mean over"), ("weighted", "mean by size over")):
@@ -162,6 +162,22 @@ def probe_rows(tasks: Sequence[Any], models: Sequence[str]) -> list[Sequence[str
         cells = [f"{share(m['accuracy'], m['interval'])} ({m['points']:+.2f})" if m else "" for m in found]
         rows.append((t["task"], f"{t['shots']}", f"{t['items']:,}", *cells))
     return rows
+
+
+def free_rows(evaluated: dict[str, Any]) -> list[Sequence[str]]:
+    """A row for each task with free answers, from "benchmarks" of the manifest of `evaluate`; no rows without any."""
+    asked: dict[tuple[str, int], dict[str, Any]] = {}
+    for model, of_model in evaluated.items():
+        for facts in of_model["tasks"]:
+            if "acc" not in facts:
+                asked.setdefault((facts["task"], facts["shots"]), {})[model] = facts
+    rows: list[Sequence[str]] = [("", "shots", *map(label_of, evaluated))]
+    for (task, shots), found in asked.items():
+        cells = [
+            share(found[m]["exact_match"], found[m]["exact_match_interval"]) if m in found else "" for m in evaluated
+        ]
+        rows.append((task, f"{shots}", *cells))
+    return rows if asked else []
 
 
 def share(value: float, interval: Sequence[float]) -> str:

@@ -1,11 +1,13 @@
 """Probes in the manner of Med-HALT, made of a user's multiple-choice items."""
 
 import copy
+import json
 
 import pytest
 
+from distil_jax import cli
 from distil_jax.errors import UserError
-from distil_jax.eval import probes
+from distil_jax.eval import own, probes, prompts, records
 
 ITEMS = [
     {"id": "a", "question": "Which nerve lifts the arm?", "choices": ["Axillary", "Ulnar", "Radial"], "gold": 0},
@@ -63,3 +65,21 @@ def test_items_that_no_probe_can_be_made_of_are_named():
 def test_the_pointwise_score_and_the_names():
     assert probes.points([True, False, False, False]) == pytest.approx((1 - 0.75) / 4)
     assert all(probes.is_probe(f"medmcqa_{name}") for name in probes.PROBES) and not probes.is_probe("medmcqa")
+
+
+def test_the_probes_of_a_file_are_tasks(tmp_path, capsys):
+    rows = [{"question": i["question"], "choices": i["choices"], "answer": "ABC"[i["gold"]]} for i in ITEMS]
+    (tmp_path / "exam.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["probes", str(tmp_path / "exam.jsonl"), "--out", str(tmp_path / "made")]) == 0
+    said = capsys.readouterr().out.split()
+    assert [line.rsplit("/", 1)[1] for line in said] == [f"exam_{name}.jsonl" for name in probes.PROBES]
+    task = own.task_of(said[0])
+    asked = list(prompts.items(task, *records.read(task, None), 0))
+    assert probes.is_probe(task.name) and [item.gold for item in asked] == [0, 0, 1]
+    assert "A. None of the above\nB. Ulnar\nC. Radial" in asked[0].context
+    task = own.task_of(said[2])
+    assert [item.gold for item in prompts.items(task, *records.read(task, None), 0)] == [2, 3, 2]
+    (tmp_path / "bad.jsonl").write_text('{"question": "?", "choices": ["x", "y"], "answer": "neither"}\n')
+    assert cli.main(["probes", str(tmp_path / "bad.jsonl")]) == 2
+    told = capsys.readouterr().err
+    assert "bad.jsonl, row 1" in told and "neither" in told and told.count("\n") == 1

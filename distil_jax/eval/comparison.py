@@ -28,7 +28,7 @@ def compared(
     """All scores of all models. answers: by model. of: the models that are tested against ALWAYS.
 
     {"tasks": [{"task", "shots", "items", "chance", "probe": bool,
-                "models": {name: {"accuracy", "interval", "acc_norm", "acc_norm_interval", "ece", "ece_equal_mass",
+                "models": {name: {"accuracy", "interval", "acc_bytes", "acc_bytes_interval", "ece", "ece_equal_mass",
                                   "brier", "abstention_area", and "points" of a probe}},
                 "differences": {"other - name": what statistics.compare says of name less other}}],
      "means": [{"of", "shots", "tasks": [...], "models": {name: statistics.means}}]}
@@ -65,7 +65,7 @@ def _task(models: Mapping[str, Answers], of: Sequence[str], samples: int) -> dic
     for name, one in models.items():
         normalised = statistics.accuracy(one, normalised=True, samples=samples)
         found = statistics.accuracy(one, samples=samples)
-        found |= {"acc_norm": normalised["accuracy"], "acc_norm_interval": normalised["interval"]}
+        found |= {"acc_bytes": normalised["accuracy"], "acc_bytes_interval": normalised["interval"]}
         found |= statistics.calibration(one)
         measured[name] = found | ({"points": probes.points(one.right().tolist())} if probe else {})
     differences = {

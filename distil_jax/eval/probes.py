@@ -9,6 +9,8 @@ false_question: a question that cannot be answered; right is "I do not know". Th
     experts and by GPT-3.5; here a question gets the choices of another item, none of which answers it, so that any file
     will do. Files of written false questions need no probe: they are a task of their own.
 
+`distil-jax probes FILE` writes them beside a user's file, as files that `evaluate --tasks` takes.
+
 Each probe comes with a control of the same form in which the added choice is wrong. The two are read together: a model
 that always takes the added words has all of the probe right and none of the control.
 """

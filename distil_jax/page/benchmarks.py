@@ -11,7 +11,7 @@ from distil_jax.eval.answers import Answers
 from distil_jax.page.elements import heading, paragraph, section, table, text
 from distil_jax.page.figures import LINE, Plots, key, looks, together
 from distil_jax.page.record import Record
-from distil_jax.tables import accuracy_rows, calibration_rows, label_of, paired_rows, probe_rows
+from distil_jax.tables import accuracy_rows, calibration_rows, free_rows, label_of, paired_rows, probe_rows
 
 Curve = tuple[np.ndarray, np.ndarray]
 
@@ -20,8 +20,9 @@ def benchmarks(records: Sequence[Record], plots: Plots) -> str:
     """The section on tasks; nothing where `evaluate` asked none."""
     parts = []
     for record in records:
-        found = record.summary.get("benchmarks")
-        if not found or not found["tasks"]:
+        found = record.summary.get("benchmarks") or {"tasks": [], "means": []}
+        written = free_rows(record.evaluate.get("benchmarks", {}))
+        if not found["tasks"] and not written:
             continue
         if len(records) > 1:
             parts.append(heading(record.name))
@@ -61,6 +62,8 @@ def benchmarks(records: Sequence[Record], plots: Plots) -> str:
                 ),
                 table(probe_rows(probed, models)),
             ]
+        if written:
+            parts += [paragraph("Free answers: how often what a model writes is a right answer."), table(written)]
     return section("benchmarks", "Benchmarks", parts)
 
 

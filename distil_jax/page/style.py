@@ -55,7 +55,7 @@ a { color: var(--link) } p { margin: .4rem 0 .8rem; max-width: 48rem }
 nav { display: flex; flex-wrap: wrap; gap: .2rem .9rem; font-size: 14px; margin: .8rem 0 }
 .scroll table td:not(:first-child), .scroll table th:not(:first-child) { text-align: right; white-space: nowrap }
 .scroll table.words td, .scroll table.words th { text-align: left; white-space: normal }
-.scroll td:first-child { min-width: 8rem; max-width: 22rem; overflow-wrap: anywhere }
+.scroll td:first-child { min-width: min(14rem, 34vw); max-width: 22rem; overflow-wrap: anywhere }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem;
   align-items: start }
 figure { margin: 0; min-width: 0; max-width: 34rem }
@@ -64,7 +64,8 @@ svg { display: block; width: 100%; height: auto } svg * { stroke-linejoin: round
 .key { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: 14px; margin: .3rem 0 .8rem }
 .key span { display: inline-flex; align-items: center; gap: .4rem; overflow-wrap: anywhere; min-width: 0 }
 .key svg { width: 28px; flex: none }
-.warn { background: var(--warn); border: 1px solid var(--line); border-radius: 6px; padding: .6rem .8rem }
+.warn { background: var(--warn); border: 1px solid var(--line); border-radius: 6px; padding: .6rem .8rem; margin: .6rem 0 }
+.warn p { margin: 0 0 .3rem }
 .asked { border: 1px solid var(--line); border-radius: 6px; margin: .8rem 0; padding: .2rem .8rem .6rem }
 .asked pre { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; font-weight: 600; margin: .4rem 0 }
 .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); gap: .6rem }
