@@ -64,7 +64,8 @@ svg { display: block; width: 100%; height: auto } svg * { stroke-linejoin: round
 .key { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: 14px; margin: .3rem 0 .8rem }
 .key span { display: inline-flex; align-items: center; gap: .4rem; overflow-wrap: anywhere; min-width: 0 }
 .key svg { width: 28px; flex: none }
-.warn { background: var(--warn); border: 1px solid var(--line); border-radius: 6px; padding: .6rem .8rem; margin: .6rem 0 }
+.warn { background: var(--warn);
+  border: 1px solid var(--line); border-radius: 6px; padding: .6rem .8rem; margin: .6rem 0 }
 .warn p { margin: 0 0 .3rem }
 .asked { border: 1px solid var(--line); border-radius: 6px; margin: .8rem 0; padding: .2rem .8rem .6rem }
 .asked pre { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; font-weight: 600; margin: .4rem 0 }
