@@ -3,6 +3,7 @@
 All of it goes to report/exhibits.json as plain values, from which pages are made without a model (page/).
 """
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -57,6 +58,11 @@ def exhibits(config: ConfigDict, work: Workdir) -> dict[str, Any]:
         models |= {run: ("student", lambda run=run: learners.trained(work, run, mesh)) for run in config.runs}
         loader = Loader(work / "corpus", work.require("corpus")["shards"][SPLIT], e.batch_size, 0, verify=False)
         layers = chosen_layers(config, work)
+
+        @functools.cache  # the students are one model, which compiles once
+        def surest_of(side, model):
+            return confidence.make_surest(model, side, mesh)
+
         for name, (side, load) in models.items():
             model, params = load()
             if prompts:
@@ -64,9 +70,8 @@ def exhibits(config: ConfigDict, work: Workdir) -> dict[str, Any]:
                 for answer, written in zip(answers, texts, strict=True):
                     answer[name] = written
             if r.calibration_rows:
-                surest = confidence.make_surest(model, side, mesh)
                 batches = loader.sweep(e.batch_size, r.calibration_rows)
-                found = confidence.gathered(surest, params, batches, side, mesh)
+                found = confidence.gathered(surest_of(side, model), params, batches, side, mesh)
                 calibration[name] = confidence.measure(*found.values(), samples=e.bootstrap)
             if name in ("teacher", config.export.run):
                 maps[side] = attention_of(model, params, rows, side, layers[side], mesh)

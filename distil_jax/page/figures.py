@@ -145,6 +145,7 @@ def lines(axes: Any, series: Series, shown: dict[str, dict[str, str]], **texts: 
     """A line for each run, in its look. texts: title, xlabel and the like."""
     for run, (x, y) in series.items():
         axes.plot(x, y, linewidth=1.4, **shown[run])
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(**texts)
 
 
@@ -185,6 +186,7 @@ def heat(axes: Any, values_RxC: np.ndarray, names: Sequence[str], color: str) ->
     rgba[..., 3] = np.clip(values_RxC, 0, 1) ** 0.5
     axes.imshow(rgba, interpolation="none", aspect="equal")
     places, size = np.arange(len(names)), 8 if len(names) <= 26 else 7
-    axes.set_xticks(places, [label(name) for name in names], rotation=90, fontsize=size)
-    axes.set_yticks(places, [label(name) for name in names], fontsize=size)
+    labels = [name if len(name) <= 16 else f"{name[:15]}…" for name in map(label, names)]
+    axes.set_xticks(places, labels, rotation=90, fontsize=size)
+    axes.set_yticks(places, labels, fontsize=size)
     axes.grid(visible=False)

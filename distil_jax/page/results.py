@@ -30,8 +30,8 @@ def results(records: Sequence[Record], plots: Plots) -> str:
         parts += [heading("Rung by rung"), table(joined(records, lambda r: ladder_rows(r.summary)))]
     for record in records:
         if changes := _changes(record):
-            title = f"What each variant of {record.name} sets in the objective"
-            parts.append(paragraph(title + ":") + bullets(changes))
+            of = f" of {record.name}" if several else ""
+            parts.append(paragraph(f"What each variant{of} sets in the objective:") + bullets(changes))
     parts += [
         heading("By class of the student's tokens"),
         paragraph("Bits per byte and, in brackets, how often the most likely token was right."),
@@ -123,5 +123,5 @@ def specialties(records: Sequence[Record], plots: Plots) -> str:
         rows = [("", *map(label_of, models), f"{pair}")]
         rows += [(name, *(f"{bits[name][m]:.4f}" for m in models), gain(difference)) for name, difference in ordered]
         every = folded(f"All {len(ordered)} specialties in bits per byte", table(rows))
-        parts.append(drawn + every)
-    return section("specialties", "By specialty", parts)
+        parts.append(f"<div>{drawn}{every}</div>")
+    return section("specialties", "By specialty", [together(parts)])

@@ -74,6 +74,6 @@ svg { display: block; width: 100%; height: auto } svg * { stroke-linejoin: round
   white-space: pre-wrap; overflow-wrap: anywhere }
 .answers b { display: block; font-size: 12px; color: var(--muted) }
 details { margin: .4rem 0 } summary { cursor: pointer; color: var(--link) }
-.scroll .words td:first-child { min-width: 10rem }
-code, .words td:nth-child(2) { font-family: ui-monospace, monospace; font-size: 13px; overflow-wrap: anywhere }
+.scroll .words td:first-child { min-width: min(13rem, 40vw) }
+.scroll .words td:not(:first-child) { font-family: ui-monospace, monospace; font-size: 13px; overflow-wrap: anywhere }
 """

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from distil_jax.page.elements import paragraph, section
-from distil_jax.page.figures import Plots, Series, key, lines, looks, together
+from distil_jax.page.figures import LINES, Plots, Series, key, lines, looks, together
 from distil_jax.page.record import Record, label
 
 # (key of metrics.jsonl or timing.jsonl, title of its plot); those that no run has are left out.
@@ -38,7 +38,7 @@ POINTS = 300  # of a line; more are averaged
 def training(records: Sequence[Record], plots: Plots) -> str:
     """The section."""
     runs = {f"{r.name}/{run}" if len(records) > 1 else run: (r, run) for r in records for run in r.metrics}
-    shown = looks(list(runs))
+    shown = _looks(records)
     drawn = []
     for name, title in PANELS:
         series = {}
@@ -53,6 +53,18 @@ def training(records: Sequence[Record], plots: Plots) -> str:
     names = {of: label(record, run, records) for of, (record, run) in runs.items()}
     note = "Over the steps. Losses are per token, and tokens are not those of the teacher; bits per byte compare."
     return section("training", "Training", [paragraph(note), key(shown, names), together(drawn)])
+
+
+def _looks(records: Sequence[Record]) -> dict[str, dict[str, str]]:
+    """The look of each run; of several folders a run of one name has one colour, and each folder its kind of line."""
+    of_run = looks(list(dict.fromkeys(run for record in records for run in record.metrics)))
+    if len(records) == 1:
+        return of_run
+    return {
+        f"{record.name}/{run}": of_run[run] | {"linestyle": LINES[n % len(LINES)]}
+        for n, record in enumerate(records)
+        for run in record.metrics
+    }
 
 
 def _drawing(name: str, series: Series, shown: dict[str, dict[str, str]], title: str) -> Any:
