@@ -142,6 +142,14 @@ def get_config() -> ConfigDict:
     c.export.licence_files = ""  # texts that the models' folders lack, separated by commas
     c.export.push_to = ""  # "owner/name" on the Hugging Face hub; empty: nowhere
     c.export.private = True  # of the repository that a push makes
+
+    c.report = ConfigDict()
+    c.report.sentence = ""  # whose tokens and attention are shown; empty: a held-out one
+    c.report.calibration_rows = 32  # packed test rows behind the reliability of the next token; 0: none
+    c.report.turns = 5  # of the measurement of speed, for each model; 0: it is not measured
+    c.report.prompt_tokens = 128  # in a turn
+    c.report.new_tokens = 64
+    c.report.batch = 1
     return c.lock()
 
 

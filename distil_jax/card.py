@@ -16,8 +16,11 @@ from ml_collections import ConfigDict
 import distil_jax
 from distil_jax import variants
 from distil_jax.duties import Duties
+from distil_jax.eval import comparison
+from distil_jax.eval.answers import Answers
 from distil_jax.licences import LICENCES, Origin
-from distil_jax.tables import gain, label_of, table_rows
+from distil_jax.tables import accuracy_rows, gain, label_of, paired_rows, table_rows
+from distil_jax.workdir import names_of
 
 LONGEST = 300  # characters of a user's text
 LIMITS = (
@@ -29,12 +32,17 @@ LIMITS = (
 
 
 def card(
-    name: str, config: ConfigDict, done: Mapping[str, Mapping[str, Any]], duties: Duties, checks: Mapping[str, Any]
+    name: str,
+    config: ConfigDict,
+    done: Mapping[str, Mapping[str, Any]],
+    duties: Duties,
+    checks: Mapping[str, Any],
+    answers: Mapping[str, Sequence[Answers]],
 ) -> str:
     """The card in Markdown with a YAML front matter, as the Hugging Face hub reads it.
 
     done: the manifests of the stages corpus, projection, evaluate and of the run that is exported. checks: what
-    `readback.compare` found.
+    `readback.compare` found. answers: of each model to benchmarks; the card has no word of them where there are none.
     """
     run = config.export.run
     metadata = duties.metadata() | {"library_name": "transformers", "pipeline_tag": "text-generation"}
@@ -55,6 +63,7 @@ def card(
         _use(name, checks["bos"]),
         "## Results",
         _results(done["evaluate"], run),
+        *_benchmarks(config, done["corpus"], answers),
         "## Recipe",
         _recipe(config, done),
         "## Data",
@@ -134,6 +143,28 @@ def _results(evaluated: Mapping[str, Any], run: str) -> str:
             _table(("", "bits per byte"), differences),
         ]
     )
+
+
+def _benchmarks(config: ConfigDict, corpus: Mapping[str, Any], answers: Mapping[str, Sequence[Answers]]) -> list[str]:
+    """The exported student beside the teacher, the untouched student and the control."""
+    run = config.export.run
+    shown = {name: answers[name] for name in ("teacher", *comparison.ALWAYS, run) if name in answers}
+    found = comparison.compared(shown, [run], config.evaluation.bootstrap)
+    tasks = [task for task in found["tasks"] if not task["probe"]]
+    if run not in answers or not tasks:
+        return []
+    header, *rows = accuracy_rows(tasks, found["means"], list(shown))
+    tested, *tests = paired_rows(tasks)
+    searched = names_of(config.data.benchmarks)
+    known = comparison.overlap(corpus, searched, [task["task"] for task in tasks])
+    return [
+        "### Tasks with choices",
+        "Accuracy of the likeliest choice with 95 % bootstrap intervals over items; in brackets by nats a byte.",
+        _table(("task", *header[1:]), [(escape(row[0]), *row[1:]) for row in rows]),
+        "Paired by item, this model less the other; p is McNemar's, not corrected for the number of tests:",
+        _table(("task", *tested[1:]), [(escape(row[0]), *row[1:]) for row in tests]),
+        *([_bullets([escape(sentence) for sentence in known])] if known else []),
+    ]
 
 
 def _recipe(config: ConfigDict, done: Mapping[str, Mapping[str, Any]]) -> str:

@@ -44,7 +44,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("distil_jax.export:main", "the distilled student as a Hugging Face directory"),
     "generate": ("distil_jax.generation.command:main", "ask a model, talk to it, or answer a file of prompts"),
     "compile": ("distil_jax.compile:main", "whether a step fits a TPU slice that is not there, and its least time"),
-    "report": ("distil_jax.report:main", "the table, summary.json and a page with curves and answers"),
+    "report": ("distil_jax.report:main", "summary.json and a page with plots; `report DIR DIR --out FILE` compares"),
+    "speed": ("distil_jax.speed:main", "tokens per second of models side by side, under one protocol"),
+    "probes": ("distil_jax.eval.probe_files:main", "of a file of questions: none of the above, false questions"),
     "doctor": ("distil_jax.doctor:main", "what this machine has, and the fix for each fault (--config is optional)"),
 }
 _CONFIG_OPTIONAL = ("doctor",)
@@ -53,6 +55,8 @@ _OWN_ARGUMENTS = (
     "inspect",
     "generate",
     "compile",
+    "speed",
+    "probes",
 )  # beside a config; generate works without one too, data takes none
 # In the errors of collectives and of the coordination service when a process of the run has ended.
 _OF_ANOTHER_HOST = (
@@ -90,6 +94,8 @@ def stage_main(main_fn: Callable[[Any], Any], argv: list[str] | None = None) -> 
 def _dispatch(command: str, argv: list[str]) -> int:
     if command not in COMMANDS:
         raise UserError(f"no command {command!r}{nearest(command, COMMANDS)}; there are {', '.join(COMMANDS)}")
+    from distil_jax.config import config_argument
+
     module, function = COMMANDS[command][0].split(":")
     use_compilation_cache()
     hosts.start()
@@ -98,6 +104,8 @@ def _dispatch(command: str, argv: list[str]) -> int:
     main_fn = getattr(importlib.import_module(module), function)
     if command == "project" and argv[:1] == ["inspect"]:
         return importlib.import_module("distil_jax.look.mapping").main(argv[1:])
+    if command == "report" and config_argument(argv) is None:
+        return importlib.import_module("distil_jax.page.command").main(argv)
     if command == "evaluate" and set(arguments.split(argv)[0]) - {"-h", "--help"}:
         return importlib.import_module("distil_jax.eval.command").main(argv)
     if command in _OWN_ARGUMENTS:

@@ -24,6 +24,7 @@ from distil_jax import duties, hosts, learners, licences, manifest, readback
 from distil_jax.card import card
 from distil_jax.duties import Duties
 from distil_jax.errors import UserError
+from distil_jax.eval import comparison
 from distil_jax.models import hub
 from distil_jax.push import push
 from distil_jax.tokens.bytes import ByteTable
@@ -57,6 +58,7 @@ def make(config: ConfigDict) -> dict[str, Any]:
         name = owed.named(work.root.resolve().name)
     if name in ("key", manifest.NAME):
         raise UserError(f"{work / 'export'} keeps a file called {name}: choose another config.export.name")
+    answers = comparison.read(work / "evaluate", config.runs)
     stage = work.begin("export")
     mesh = learners.mesh_of(config)
     tokenizer = learners.hf_tokenizer(work, "student")
@@ -70,7 +72,7 @@ def make(config: ConfigDict) -> dict[str, Any]:
             documents=readback.read_documents(work / "corpus" / "documents.jsonl"),
             dtype=config.export.dtype,
             files=owed.files,
-            write_card=lambda checks: card(name, config, done, owed, checks),
+            write_card=lambda checks: card(name, config, done, owed, checks, answers),
             generation_config=generation_config_of(work, tokenizer),
             mesh=mesh,
         )

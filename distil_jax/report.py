@@ -2,7 +2,8 @@
 
     distil-jax report --config configs/tiny.py
 
-Writes summary.json and report/index.html, a single file with curves, the table and sample answers.
+Writes summary.json, report/index.html and its plots as PNG. What the page needs of the models is asked first
+(exhibits.py) and stays in report/exhibits.json, so that `distil-jax report DIR` makes pages of finished folders.
 """
 
 import json
@@ -11,22 +12,21 @@ import sys
 from importlib.metadata import version
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 import distil_jax
-from distil_jax import hosts, learners
+from distil_jax import hosts, variants
+from distil_jax.config import flatten
 from distil_jax.errors import UserError
-from distil_jax.generation import generate
-from distil_jax.generation.text import Prompt
+from distil_jax.eval import comparison
+from distil_jax.exhibits import exhibits
 from distil_jax.manifest import write_json_atomic
 from distil_jax.metrics import read_metrics
-from distil_jax.page import page
+from distil_jax.page.command import PAGE, write
+from distil_jax.page.record import EXHIBITS, SUMMARY
 from distil_jax.tables import class_rows, interval, ladder_rows, models_of, table_rows, verdict
 from distil_jax.workdir import Workdir
-
-SUMMARY = "summary.json"
 
 
 def main(config: ConfigDict) -> dict[str, Any]:
@@ -36,16 +36,17 @@ def main(config: ConfigDict) -> dict[str, Any]:
         return found
     work.require("evaluate"), work.require("export")
     stage = work.begin("report")
-    answers = sample_answers(config, work)
-    summary = summarise(config, work)
+    told = exhibits(config, work) | {"config": flatten(config)}
+    summary = summarise(config, work, told)
     if hosts.is_first_process():
-        (stage.folder / "index.html").write_text(page(config, work, summary, answers), encoding="utf-8")
+        write_json_atomic(stage.folder / EXHIBITS, told)
         write_json_atomic(work / SUMMARY, summary)
-    return stage.finish(answers=answers)
+        write([work.root], stage.folder / PAGE)
+    return stage.finish()
 
 
-def summarise(config: ConfigDict, work: Workdir) -> dict[str, Any]:
-    """The result of a run as one JSON object (docs/summary.md explains every field)."""
+def summarise(config: ConfigDict, work: Workdir, told: dict[str, Any]) -> dict[str, Any]:
+    """The result of a run as one JSON object (docs/summary.md explains every field). told: what `exhibits` found."""
     done = {name: work.require(name) for name in ("corpus", "projection", *config.runs, "evaluate", "export")}
     if work.teacher_is_trained():
         done["teacher"] = work.require("teacher")
@@ -67,6 +68,11 @@ def summarise(config: ConfigDict, work: Workdir) -> dict[str, Any]:
     }
     summary["differences"] = differences
     summary["token_accuracy_retained"] = models[run]["token_accuracy"] / max(models["teacher"]["token_accuracy"], 1e-9)
+    summary["benchmarks"] = benchmarks(work, config)
+    summary["calibration"] = {  # its curves stay in report/exhibits.json
+        name: {k: v for k, v in found.items() if k != "curve"} for name, found in told["calibration"].items()
+    }
+    summary["speed"] = told["speed"]
     summary["projection"] = fitted | {"built": built} | {k: done["projection"][k] for k in ("fit", "gain")}
     summary["alignment"] = done["corpus"]["alignment"]["test"]
     summary["export"] = done["export"]["path"]
@@ -87,6 +93,12 @@ def summarise(config: ConfigDict, work: Workdir) -> dict[str, Any]:
     return summary
 
 
+def benchmarks(work: Workdir, config: ConfigDict) -> dict[str, Any]:
+    """The scores of all models on tasks with choices (eval/comparison.py); empty where `evaluate` asked none."""
+    answers = comparison.read(work / "evaluate", config.runs)
+    return comparison.compared(answers, variants.taught(config.runs), config.evaluation.bootstrap) if answers else {}
+
+
 def seconds_per_step(work: Workdir, run: str) -> float | None:
     """The median over the stretches between two lines of a run's metrics.jsonl, so that compiling, evaluating and
     interruptions do not count; None if there are no two."""
@@ -101,33 +113,6 @@ def read_summary(work: Workdir) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"no {file}: run `distil-jax run` with this config first")
     return json.loads(file.read_text(encoding="utf-8"))
-
-
-def sample_answers(config: ConfigDict, work: Workdir) -> list[dict[str, str]]:
-    """Greedy answers of every trained model to a few held-out questions, spread over the test split."""
-    lines = (work / "corpus" / "documents.jsonl").read_text(encoding="utf-8").splitlines()
-    documents = [d for d in map(json.loads, lines) if d["split"] == "test" and d["prompt"]]
-    documents = [d for d in documents if "messages" not in d or d["messages"][-1]["role"] == "assistant"]
-    wanted = min(config.evaluation.answers, len(documents))
-    if wanted == 0:
-        return []
-    chosen = [documents[i] for i in np.linspace(0, len(documents) - 1, wanted).astype(int)]
-    prompts = [_asked(d) for d in chosen]
-    mesh, tables = learners.mesh_of(config), learners.tables_of(work)
-    answers = [{"prompt": d["prompt"], "reference": d["completion"]} for d in chosen]
-    with jax.set_mesh(mesh):
-        models = {"teacher": ("teacher", learners.teacher(work, mesh))}
-        models |= {run: ("student", learners.trained(work, run, mesh)) for run in config.runs}
-        for name, (side, (model, params)) in models.items():
-            texts = generate(model, params, tables[side], prompts, max_new_tokens=config.evaluation.answer_tokens)
-            for answer, text in zip(answers, texts, strict=True):
-                answer[name] = text
-    return answers
-
-
-def _asked(document: dict[str, Any]) -> Prompt:
-    """What a model is asked of a held-out document: its prompt, or its conversation up to the last message."""
-    return document["messages"][:-1] if "messages" in document else document["prompt"]
 
 
 def print_table(summary: dict[str, Any]) -> None:

@@ -50,7 +50,7 @@ READS: dict[str, tuple[str, ...]] = {
         *("export.run", "export.dtype", "export.name", "export.licence_files"),
         *("teacher.licence", "student.licence"),
     ),
-    "report": (),
+    "report": ("report",),
 }
 # What a stage leaves unread of that. A key that is new stands in every key until it is named here.
 TEACHING = (

@@ -20,6 +20,8 @@ from distil_jax import card, export, licences, readback
 from distil_jax.config import load_config
 from distil_jax.data.train_tokenizers import train_gemma_style, train_llama_style
 from distil_jax.errors import UserError
+from distil_jax.eval import answers
+from distil_jax.eval.answers import Answers
 from distil_jax.models import hub
 from distil_jax.workdir import Workdir
 
@@ -213,7 +215,12 @@ export.export_model(model, params, {str(tmp_path / "out" / "x")!r}, tokenizer=to
 
 FIGURES = {"bits_per_byte": 1.5, "token_accuracy": 0.5, "agreement_with_teacher": 0.25}
 MODEL = {"parameters": 1234} | FIGURES | {f"{key}_interval": [0.1, 1.9] for key in FIGURES}
+# What each model had right of four items of each task.
+RIGHT = {"teacher": [1, 1, 1, 1], "student_before": [1, 0, 0, 0], "control": [1, 1, 0, 0], "distilled": [1, 1, 1, 0]}
+RIGHT |= {"smoothing": [0, 0, 0, 1]}
 HOSTILE = "evil\n---\nlicense: mit\n# Heading | [x](javascript:y) <script>alert(1)</script> `\u202e"
+
+TASKS = ("medqa_4options", HOSTILE)
 
 
 @pytest.fixture
@@ -269,6 +276,12 @@ def work(llama, tmp_path):
                 work.begin(stage).finish(**values)
         if not (work / "distilled" / "model").exists():
             hub.save_pretrained(model, params, work / "distilled" / "model", tokenizer=tokenizer)
+        (work / "evaluate" / "answers").mkdir(exist_ok=True)
+        for name, right in RIGHT.items():
+            nats = np.where(np.array(right)[:, None], [-1.0, -2.0], [-2.0, -1.0])
+            size, ids = np.ones((len(right), 2), np.int64), tuple(map(str, range(len(right))))
+            told = [Answers(task, 0, ids, np.zeros(len(right), np.int64), nats, size) for task in TASKS]
+            answers.save(work / "evaluate" / "answers" / f"{name}.json", name, told)
         records = [{"split": "test", "prompt": p, "completion": c} for p, c in DOCUMENTS]
         lines = "\n".join(map(json.dumps, records))
         (work / "corpus" / "documents.jsonl").write_text(lines)
@@ -297,6 +310,15 @@ def test_the_stage_writes_a_model_that_says_everything_about_itself(work, capsys
         "root 90.0%", f"{facts['checks']['ids']:,} ids", "vllm serve", "dj.load_pretrained", dj.__version__,
     ):  # fmt: skip
         assert promised in body, promised
+    # Benchmarks: beside the teacher, the untouched student and the control, but not what has nothing to do with it.
+    rows = {line.split(" | ")[0]: line for line in body.splitlines() if line.startswith("| ")}
+    for said in ("75.0% [", "50.0% [", "25.0% [", "100.0% [", "student, text alone (control)"):
+        assert said in body, said
+    assert "smoothed" not in next(line for line in body.splitlines() if line.startswith("| task |"))
+    assert "| 4 | 50.0% |" in rows["| medqa\\_4options"] and "mean over all tasks" in body
+    paired = [line for line in body.splitlines() if "student, distilled" in line and "untouched" in line][-1]
+    assert "+50.0% [" in paired and paired.endswith("| 2 | 0 | 0.5 (exact) |")
+    assert "was not searched for the questions of" in body
     assert (folder / "NOTICE").read_text().count(LLAMA) == 1 and HEALTH in (folder / "NOTICE").read_text()
     assert json.loads((folder / "generation_config.json").read_text())["temperature"] == 0.6
     assert str(Path(config.workdir).parent) not in "".join(
@@ -313,7 +335,10 @@ def test_a_hostile_source_name_stays_one_line_of_text(work):
     text = (Path(export.make(work())["path"]) / "README.md").read_text()
     loaded = ModelCard(text)
     assert loaded.data.license == "other" and "evil" not in loaded.data.to_yaml()
-    line = next(line for line in loaded.text.splitlines() if "evil" in line)
+    lines = [line for line in loaded.text.splitlines() if "evil" in line]
+    start = "| evil --- license: mit \\# Heading \\| "
+    assert all(line.startswith((start, "- ")) for line in lines)
+    line = next(line for line in lines if "1,200" in line)
     assert "cc-by-4.0 | 1,200 |" in line and line.startswith("| evil --- license: mit \\# Heading \\| ")
     assert "<script" not in text and "](javascript" not in text and "\u202e" not in text
     assert card.escape("a\x00b\r\n" + "x" * 999).startswith("a b x") and len(card.escape("x" * 999)) == card.LONGEST

@@ -37,6 +37,10 @@ SMALL = {
     "evaluation.curve_rows": 8,
     "evaluation.answers": 1,
     "evaluation.answer_tokens": 3,
+    "report.calibration_rows": 4,
+    "report.turns": 1,
+    "report.prompt_tokens": 4,
+    "report.new_tokens": 4,
 }
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
 SHAPE |= {"num_hidden_layers": 2, "max_position_embeddings": 512, "tie_word_embeddings": True, "sliding_window": 32}

@@ -65,6 +65,10 @@ SMALL = {
     "evaluation.batch_size": 8,
     "evaluation.answers": 2,
     "evaluation.answer_tokens": 4,
+    "report.calibration_rows": 4,
+    "report.turns": 1,
+    "report.prompt_tokens": 4,
+    "report.new_tokens": 4,
 }
 
 HOT = 3.0  # what the variant changes
@@ -134,6 +138,47 @@ def test_the_summary_says_what_was_promised(finished):
     assert summary["peak_memory_bytes"] > 2**20
     page = (Path(config.workdir) / "report" / "index.html").read_text()
     assert "<svg" in page and "distilled" in page and "Research only" in page
+    for section in ("results", "specialties", "reliability", "training", "speed", "projection", "alignment",
+                    "attention", "answers", "data", "settings"):  # fmt: skip
+        assert f'<section id="{section}">' in page
+    assert summary["speed"]["protocol"]["turns"] == 1 and set(summary["speed"]["models"]) == {"teacher", "distilled"}
+
+
+def test_what_the_page_shows_of_the_models_is_what_they_say(finished):
+    config, summary, _ = finished
+    work = Workdir(config)
+    told = json.loads((work / "report" / "exhibits.json").read_text())
+    every = {"teacher", "student_before", "control", "smoothing", "distilled", "hot"}
+    assert set(told["answers"][0]) == {"prompt", "reference", *every} and set(told["calibration"]) == every
+    assert told["config"]["variants.hot.temperature.start"] == HOT
+    # How sure, from whole logits of the same rows.
+    loader = Loader(work / "corpus", work.require("corpus")["shards"]["test"], 8, 0)
+    (batch,) = loader.sweep(rows=4)
+    for name, side in (("teacher", "teacher"), ("distilled", "student")):
+        model, params = dj.load_pretrained(work / name / "model")
+        fields = [batch[f"{side}_{field}"] for field in ("tokens", "segment_ids", "positions")]
+        p = np.asarray(jax.nn.softmax(jax.jit(model.apply)(params, *fields), axis=-1))
+        at = batch[f"{side}_weights"] > 0
+        found = told["calibration"][name]
+        assert found["tokens"] == at.sum() == sum(count for count, *_ in found["curve"])
+        assert found["confidence"] == pytest.approx(p.max(-1)[at].mean(), rel=1e-4)
+        assert found["accuracy"] == pytest.approx((p.argmax(-1) == batch[f"{side}_targets"])[at].mean())
+        assert {k: v for k, v in found.items() if k != "curve"} == summary["calibration"][name]
+    # Attention over the same bytes: rows are distributions over what came before.
+    maps, labels = told["sentence"]["attention"]["maps"], told["sentence"]["attention"]["labels"]
+    for side in ("teacher", "student"):
+        for one in np.array(maps[side]):
+            assert one.shape == (len(labels), len(labels)) and not np.triu(one, 1).any()
+            assert one.sum(axis=1) == pytest.approx(1, abs=2e-3)
+    tables = learners.tables_of(work)
+    ids = tables["teacher"].encode(told["sentence"]["text"])
+    model, params = dj.load_pretrained(work / "teacher" / "model")
+    ids = np.concatenate([[tables["teacher"].roles["bos"]], ids])
+    layer = told["sentence"]["attention"]["layers"]["teacher"][0]
+    maps_of = jax.jit(lambda params, ids: model.hidden(params, ids, attention_layers=(layer,))[1])
+    whole = maps_of(params, jnp.asarray(ids)[None])
+    # The first groups are the first tokens on both sides: bos alone, and what attends to it.
+    assert maps["teacher"][0][1][0] == pytest.approx(float(whole[layer][0, :, 1, 0].mean()), abs=1e-3)
 
 
 @pytest.mark.parametrize("name", ["teacher", "distilled"])

@@ -65,6 +65,10 @@ SMALL = {
     "evaluation.batch_size": 8,
     "evaluation.answers": 1,
     "evaluation.answer_tokens": 2,
+    "report.calibration_rows": 4,
+    "report.turns": 1,
+    "report.prompt_tokens": 4,
+    "report.new_tokens": 4,
     "runs": "distilled",
 }
 

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from distil_jax import evaluate, variants
 from distil_jax.config import flatten, load_config, overlaid, track_reads
 from distil_jax.errors import UserError
-from distil_jax.page import looks
+from distil_jax.page.figures import looks
 from distil_jax.tables import ladder_rows
 from distil_jax.workdir import Workdir
 

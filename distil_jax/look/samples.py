@@ -1,9 +1,9 @@
 """Texts in both tokenizations, laid over the same bytes."""
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -96,6 +96,35 @@ def _beginnings(piece: bytes) -> int:
     return sum(byte & 0xC0 != 0x80 for byte in piece)
 
 
+def described(
+    sample: Sample, tables: Mapping[str, ByteTable], more: Callable[[str, int], str] | None = None
+) -> list[dict[str, Any]]:
+    """The groups of a sample as JSON values: `{"columns", "tokens": [{"side", "start", "end", "text", "classes"}]}`.
+
+    more: what is told of a token besides, by side and index; it shows on hover and focus.
+    """
+    groups = []
+    for group in sample.groups:
+        tokens = []
+        for side in ("student", "teacher"):
+            ids, learned = sample.example[f"{side}_tokens"], sample.example[f"{side}_supervised"]
+            for token in getattr(group, side):
+                classes = [side, "learned" if learned[token.index] else "masked"]
+                if side == "student":
+                    classes.append(ROLES[sample.example["role"][token.index]])
+                text = label(tables[side], int(ids[token.index]))
+                told = {
+                    "side": side,
+                    "start": int(token.start),
+                    "end": int(token.end),
+                    "text": text,
+                    "classes": classes,
+                }
+                tokens.append(told | ({"more": more(side, token.index)} if more else {}))
+        groups.append({"columns": int(group.columns), "tokens": tokens})
+    return groups
+
+
 def grouped(example: Example, student: ByteTable, teacher: ByteTable) -> list[Group]:
     """All tokens of an example, in order, each in one group."""
     role, index, offset = (example[name].tolist() for name in ("role", "teacher_index", "offset"))
@@ -145,7 +174,7 @@ def label(table: ByteTable, token: int) -> str:
     """A token as it is shown: its text, made visible, or the role of a control token, or its id."""
     if piece := table.token_bytes(token):
         return visible(piece)
-    roles = [role for role, i in table.roles.items() if i == token]
+    roles = sorted((role for role, i in table.roles.items() if i == token), key=lambda role: role == "pad")
     return f"[{roles[0] if roles else f'id {token}'}]"
 
 
