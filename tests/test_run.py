@@ -105,11 +105,7 @@ def definitions(tmp_path_factory) -> Path:
 def finished(tmp_path_factory, definitions):
     """A whole run, with the config keys that nothing read."""
     runs = "control,smoothing,distilled,hot"
-    exam = tmp_path_factory.mktemp("exam") / "signs.jsonl"
-    rows = [{"question": f"Sign {n}?", "choices": ["Ageusia", "Ptosis", "Syncope"], "answer": n % 3} for n in range(6)]
-    exam.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    settings = {"runs": runs, "evaluation.tasks": exam}
-    config = track_reads(config_of(tmp_path_factory.mktemp("run") / "work", definitions, **settings))
+    config = track_reads(config_of(tmp_path_factory.mktemp("run") / "work", definitions, runs=runs))
     summary = run.main(config)
     return config, summary, config.unread()
 
