@@ -1,7 +1,9 @@
 """Benchmarks natively: known models score what they must, chance lies in its interval, bad files are told."""
 
+import dataclasses
 import json
 
+import datasets
 import exams
 import jax
 import jax.numpy as jnp
@@ -275,6 +277,19 @@ def test_items_are_known_by_their_place_and_text(tmp_path):
     ids = [[i.id for i in prompts.items(task, rows, examples, shots)] for shots in (0, 2)]
     assert ids[0] == ids[1] and len(set(ids[0])) == len(rows)
     assert [i.id for i in prompts.items(task, rows[1:], [], 0)] != ids[0][1:]
+
+
+def test_a_dataset_of_the_hub_is_read_as_its_local_files_are(tmp_path, monkeypatch):
+    """Through `datasets`, which takes a folder for a repository; the hub itself is not there."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    exams.write_all(tmp_path)
+    task = dataclasses.replace(tasks.MEDMCQA, hub=str(tmp_path / "medmcqa"))
+    local = records.read(tasks.MEDMCQA, tmp_path, limit=5, shots=2)
+    of_hub = records.read(task, None, limit=5, shots=2)
+    asked = [[i for i in prompts.items(task, *of, 2)] for of in (local, of_hub)]
+    assert asked[0] == asked[1] and len(asked[0]) == 5
+    with pytest.raises(UserError, match="cannot be had from the hub"):
+        records.read(dataclasses.replace(task, hub="no/such"), None)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from distil_jax.eval.prompts import DELIMITER, Item, items
 from distil_jax.eval.scoring import Scorer
 from distil_jax.eval.tasks import Task
 from distil_jax.eval.until import generate_until
+from distil_jax.metrics import Progress
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +83,10 @@ def answer(
     encoder = Encoder(tokenizer)
     scorer = Scorer(model, params, mesh=mesh)
     started = time.perf_counter()
-    chosen = [exam for exam in exams if not exam.task.generated]
     # All at once: rows of all exams fill the batches.
-    scores = iter(scorer(encoder.requests([pair for exam in chosen for pair in exam.pairs])))
+    pairs = [pair for exam in exams if not exam.task.generated for pair in exam.pairs]
+    with Progress(len(pairs), label or "answers") as progress:
+        scores = iter(scorer(encoder.requests(pairs), lambda done, tokens: progress.update(done, tokens=tokens)))
     results = [
         _written(exam, model, params, tokenizer, encoder) if exam.task.generated else _chosen(exam, scores)
         for exam in exams

@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--step goes with --config and --run")
     if args.limit < 0:
         raise UserError(f"--limit {args.limit}: a number of items, 0 for all")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _tell_what_it_takes()
     names = names_of(args.tasks)
     exams = benchmarks.exams(names, stage_tasks.folder_of(args.data), shots_of("--shots", args.shots), args.limit)
     summaries: dict[str, Any] = {}
@@ -112,6 +112,14 @@ def tokenizer_of(directory: Path) -> Any:
         return AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise UserError(f"{directory}: its tokenizer cannot be loaded ({str(error).splitlines()[0]})") from error
+
+
+def _tell_what_it_takes() -> None:
+    """The lines of this package's evaluation go to standard error, and no other library's."""
+    logger = logging.getLogger(benchmarks.__name__)
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
 
 
 def _labels(names: Sequence[str]) -> list[str]:
