@@ -214,12 +214,16 @@ def test_a_free_answer_matches_exactly_or_not(tmp_path, model):
     task.write_text(json.dumps({"file": "free.jsonl", "format": "generate", "max_new_tokens": 6}))
     exams.write(file, rows)
     (first,) = benchmarks.answer(benchmarks.exams([str(task)], None, [0]), loaded, params, tokenizer)
-    assert first.answers is None and len(set(first.written)) > 1 and all("\n" not in text for text in first.written)
-    known = [row | {"answer": [text, "or this"]} for row, text in zip(rows, first.written, strict=True)]
+    texts = [text for _, text in first.written]
+    assert first.answers is None and len(set(texts)) > 1 and not any("\n" in text for text in texts)
+    known = [row | {"answer": [text, "or this"]} for row, text in zip(rows, texts, strict=True)]
     exams.write(file, known[:2] + rows[2:])
     (second,) = benchmarks.answer(benchmarks.exams([str(task)], None, [0]), loaded, params, tokenizer)
     assert second.right["exact_match"].tolist() == [1, 1, 0]
     assert second.facts(50)["exact_match"] == pytest.approx(2 / 3)
+    benchmarks.keep(tmp_path, "m", [second])
+    kept = [json.loads(line) for line in (tmp_path / "written" / "m.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in kept] == texts and [row["right"] for row in kept] == [True, True, False]
 
 
 PUBMED = "bigbio/pubmed_qa/pubmed_qa_labeled_fold0_source/test.jsonl"
