@@ -181,8 +181,9 @@ def read_part(directory: Any, abstract_part: Any, step: int | None = None) -> tu
         leaves = (ocp.metadata(directory / str(one)).custom_metadata or {}).get("leaves") or {}
         wanted = {name for name, _ in _named_leaves(abstract_part)}
         _check_same({k: v for k, v in leaves.items() if k in wanted}, abstract_part, directory / str(one))
-        with ocp.Context() as context:
-            context.pytree.loading.partial_load = True
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
             return one, ocp.load(directory / str(one), abstract_part)
     raise UserError(f"{directory} has no whole checkpoint: train this run first")
 

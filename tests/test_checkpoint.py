@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from distil_jax.checkpoint import Checkpoints, on_sigterm
+from distil_jax.checkpoint import Checkpoints, on_sigterm, read_part
 from distil_jax.errors import UserError
 
 OPTIMIZER = optax.adamw(1e-2)
@@ -70,6 +70,31 @@ def test_what_is_restored_is_what_was_saved(tmp_path):
     step, restored = restore(tmp_path, abstract)
     assert step == 2
     assert_same(restored, update(state))
+
+
+def test_a_part_is_read_of_any_step_and_the_folder_stays_as_it_is(tmp_path, capfd):
+    first, second = make_state(), update(make_state())
+    saved(tmp_path, first, second)
+    unfinished = tmp_path / "3.orbax-checkpoint-tmp"  # of the run that goes on meanwhile
+    unfinished.mkdir()
+    before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
+    part = {"params": jax.eval_shape(make_state)["params"]}
+    for step, found, state in ((None, 2, second), (1, 1, first)):
+        got, read = read_part(tmp_path, part, step)
+        assert got == found
+        assert_same(read, {"params": state["params"]})
+    with pytest.raises(UserError, match="no checkpoint of step 7; it has 1, 2"):
+        read_part(tmp_path, part, 7)
+    with pytest.raises(UserError, match="params.more is absent there"):
+        read_part(tmp_path, {"params": part["params"] | {"more": jnp.ones(3)}})
+    largest = max((p for p in (tmp_path / "2").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    assert read_part(tmp_path, part)[0] == 1 and "damaged" in capfd.readouterr().err
+    with pytest.raises(UserError, match="choose another step"):
+        read_part(tmp_path, part, 2)
+    assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        read_part(tmp_path / "none", part)
 
 
 def test_buffers_may_be_donated_as_soon_as_save_returns(tmp_path):

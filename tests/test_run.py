@@ -25,7 +25,7 @@ from distil_jax.data import hpo
 from distil_jax.data.loader import Loader
 from distil_jax.data.rows import Quarantine
 from distil_jax.errors import UserError
-from distil_jax.eval import likelihood
+from distil_jax.eval import answers, likelihood
 from distil_jax.gather import Refusals
 from distil_jax.metrics import read_metrics
 from distil_jax.models.int8 import cast
@@ -347,6 +347,42 @@ def test_a_variant_is_the_distilled_student_of_its_own_objective(finished, corpu
     assert all(0 < seconds < 60 for seconds in summary["seconds_per_step"].values())
     page = (work / "report" / "index.html").read_text()
     assert "student, hot" in page and f"hot: temperature.start {HOT}" in page and "Rung by rung" in page
+
+
+def test_every_model_answers_the_benchmarks_and_any_checkpoint_can(finished, tmp_path, capsys):
+    """config.evaluation.tasks: one more part of the stage, in its key; a checkpoint scores as the model that it is."""
+    config, *_ = finished
+    folder = tmp_path / "work"
+    shutil.copytree(config.workdir, folder)
+    rows = [{"question": f"Is {w} one?", "choices": ["yes", "no"], "answer": i % 2} for i, w in enumerate("abcdef")]
+    file = tmp_path / "ward.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = {"evaluation.tasks": file, "evaluation.limit": 5, "runs": "distilled"}
+    asked = config_of(folder, config.data.files, **more)
+    assert Workdir(asked).done("evaluate") is None and Workdir(asked).done("distilled")
+    found = evaluate.main(asked)
+    assert set(found["benchmarks"]) == {"teacher", "student_before", "distilled"} == set(found["models"])
+    assert "ward" in capsys.readouterr().out
+    for name, told in found["benchmarks"].items():
+        (facts,) = told["tasks"]
+        model, (a,) = answers.load(folder / "evaluate" / "answers" / f"{name}.json")
+        assert (model, a.task, facts["items"], facts["acc"]) == (name, "ward", 5, a.right().mean())
+    # The newest checkpoint is what the run left, an earlier one is not; a damaged one is passed over.
+    said = {}
+    command = [f"--config.{k}={v}" for k, v in (SMALL | {"workdir": folder, "data.files": config.data.files}).items()]
+    command = ["evaluate", "--config", str(PROJECT / "configs" / "tiny.py"), *command, "--run", "distilled"]
+    for step in (12, 8):
+        out = tmp_path / str(step)
+        more = ["--tasks", str(file), "--limit", "5", "--out", str(out), *(["--step", "8"] if step == 8 else [])]
+        assert cli.main([*command, *more]) == 0
+        said[step] = answers.load(out / "answers" / f"distilled-{step}.json")[1][0].loglikelihood_IxC
+    _, (left,) = answers.load(folder / "evaluate" / "answers" / "distilled.json")
+    np.testing.assert_allclose(said[12], left.loglikelihood_IxC, atol=1e-4)
+    assert np.abs(said[8] - said[12]).max() > 1e-3
+    assert cli.main([*command, "--tasks", str(file), "--step", "5"]) == 2
+    assert "no checkpoint of step 5; it has 8, 12" in capsys.readouterr().err
+    file.write_text(file.read_text() + json.dumps(rows[0]) + "\n")
+    assert Workdir(asked).done("evaluate") is None  # another file, another result
 
 
 def test_the_parts_of_the_test_text_are_the_whole(finished):

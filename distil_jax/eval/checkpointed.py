@@ -15,7 +15,7 @@ def load(
     work: Workdir, run: str, mesh: Mesh, *, step: int | None = None, dtype: str = "float32"
 ) -> tuple[int, Any, Any]:
     """(step, model, params) of a run, "teacher" or one of config.runs, from the newest whole checkpoint or that of
-    `step`; the running average where the run keeps one.
+    `step`; the running average where the run keeps one. A model with adapters stays in the types that it learns in.
 
     Raises UserError if there is no such run or checkpoint, or the folder belongs to another config.
     """
@@ -39,12 +39,8 @@ def load(
             for name in learns
         }
     }
-    del learns
     found, state = checkpoint.read_part(work / run / "checkpoints", abstract, step)
     params = lora.whole(state[part], own, learners.adapter_scale(work.config, side))
-    return found, model.with_tokenizer(learners.table_of(work, side).vocab_size), _cast(params, dtype)
-
-
-def _cast(params: Any, dtype: str) -> Any:
-    """Floating-point parameters in `dtype`; what is held in 8 bits stays so."""
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
+    if "adapter" not in learns:
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+    return found, model.with_tokenizer(learners.table_of(work, side).vocab_size), params

@@ -47,11 +47,11 @@ class StageTasks:
 def of(work: Workdir, mesh: Mesh, folder: Path) -> StageTasks:
     """The stage's benchmarks, read before any model is. Raises UserError as benchmarks.exams."""
     e = work.config.evaluation
-    names, folder = names_of(e.tasks), folder_of(e.task_data)
+    names, source = names_of(e.tasks), folder_of(e.task_data)
     shots, limit = shots_of("config.evaluation.shots", e.shots), e.limit
     if limit < 0:
         raise UserError(f"config.evaluation.limit={limit}: a number of items, 0 for all")
-    exams = benchmarks.exams(names, folder, shots, limit) if names else []
+    exams = benchmarks.exams(names, source, shots, limit) if names else []
     return StageTasks(work, mesh, folder, exams, names)
 
 
