@@ -27,7 +27,7 @@ SHAPES = {
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192, tie_word_embeddings=True,
     ),
 }  # fmt: skip
-BATCH_SIZES = (1, 4, 16)
+BATCH_SIZES = (1, 4, 8)
 
 
 def main(name: str = "smollm135m", items: int = 16, rounds: int = 3) -> None:

@@ -43,7 +43,10 @@ ALWAYS = ("teacher", "student_before")  # scored beside the runs
 
 
 def main(config: ConfigDict) -> dict[str, Any]:
-    """Scores every model on the test split unless that is done; returns the manifest."""
+    """Scores every model on the test split, and on config.evaluation.tasks, unless that is done; returns the manifest.
+
+    Models without a config and checkpoints of a run: `distil-jax evaluate MODEL --help`.
+    """
     work = Workdir(config)
     if found := work.done("evaluate"):
         return found

@@ -1,7 +1,9 @@
 """Benchmarks natively: known models score what they must, chance lies in its interval, bad files are told."""
 
+import dataclasses
 import json
 
+import datasets
 import exams
 import jax
 import jax.numpy as jnp
@@ -212,12 +214,16 @@ def test_a_free_answer_matches_exactly_or_not(tmp_path, model):
     task.write_text(json.dumps({"file": "free.jsonl", "format": "generate", "max_new_tokens": 6}))
     exams.write(file, rows)
     (first,) = benchmarks.answer(benchmarks.exams([str(task)], None, [0]), loaded, params, tokenizer)
-    assert first.answers is None and len(set(first.written)) > 1 and all("\n" not in text for text in first.written)
-    known = [row | {"answer": [text, "or this"]} for row, text in zip(rows, first.written, strict=True)]
+    texts = [text for _, text in first.written]
+    assert first.answers is None and len(set(texts)) > 1 and not any("\n" in text for text in texts)
+    known = [row | {"answer": [text, "or this"]} for row, text in zip(rows, texts, strict=True)]
     exams.write(file, known[:2] + rows[2:])
     (second,) = benchmarks.answer(benchmarks.exams([str(task)], None, [0]), loaded, params, tokenizer)
     assert second.right["exact_match"].tolist() == [1, 1, 0]
     assert second.facts(50)["exact_match"] == pytest.approx(2 / 3)
+    benchmarks.keep(tmp_path, "m", [second])
+    kept = [json.loads(line) for line in (tmp_path / "written" / "m.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in kept] == texts and [row["right"] for row in kept] == [True, True, False]
 
 
 PUBMED = "bigbio/pubmed_qa/pubmed_qa_labeled_fold0_source/test.jsonl"
@@ -275,6 +281,19 @@ def test_items_are_known_by_their_place_and_text(tmp_path):
     ids = [[i.id for i in prompts.items(task, rows, examples, shots)] for shots in (0, 2)]
     assert ids[0] == ids[1] and len(set(ids[0])) == len(rows)
     assert [i.id for i in prompts.items(task, rows[1:], [], 0)] != ids[0][1:]
+
+
+def test_a_dataset_of_the_hub_is_read_as_its_local_files_are(tmp_path, monkeypatch):
+    """Through `datasets`, which takes a folder for a repository; the hub itself is not there."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    exams.write_all(tmp_path)
+    task = dataclasses.replace(tasks.MEDMCQA, hub=str(tmp_path / "medmcqa"))
+    local = records.read(tasks.MEDMCQA, tmp_path, limit=5, shots=2)
+    of_hub = records.read(task, None, limit=5, shots=2)
+    asked = [[i for i in prompts.items(task, *of, 2)] for of in (local, of_hub)]
+    assert asked[0] == asked[1] and len(asked[0]) == 5
+    with pytest.raises(UserError, match="cannot be had from the hub"):
+        records.read(dataclasses.replace(task, hub="no/such"), None)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from test_run import corpus_only, definitions, finished, result_of  # noqa: F401
 
 from distil_jax import learners, lora, sharding, train
 from distil_jax.errors import UserError
+from distil_jax.eval import checkpointed
 from distil_jax.losses.schedules import learning_rate
 from distil_jax.metrics import read_metrics
 from distil_jax.models import hub
@@ -243,6 +244,12 @@ def test_a_distilled_run_with_adapters_resumes_bit_for_bit_and_leaves_a_plain_mo
     weights = [{k: v for k, v in row.items() if k.startswith("weight/")} for row in rows]
     assert len(weights[0]) > 5 and all(v == pytest.approx(1) for v in weights[0].values())
     assert max(weights[-1].values()) > 1 > min(weights[-1].values())
+
+    # A checkpoint is evaluated as the model that the run leaves: its average, attached to the base.
+    step, at, kept = checkpointed.load(work, "distilled", learners.mesh_of(config))
+    assert step == 12 and at == model
+    tokens = np.arange(24)[None] % 97
+    np.testing.assert_allclose(model.hidden(kept, tokens), model.hidden(params, tokens), atol=1e-4)
 
     # The measure of the last step is that of the model that was kept.
     last = [row for row in read_metrics(folder / "metrics.jsonl") if "validation_bits_per_byte" in row][-1]

@@ -6,6 +6,7 @@ greedily; for a task with a free answer, whose answer is one of the right texts.
 lm-evaluation-harness (docs/evaluation.md).
 """
 
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -17,12 +18,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distil_jax.eval import bootstrap, own, records, tasks
-from distil_jax.eval.answers import Answers
+from distil_jax.eval.answers import Answers, save
 from distil_jax.eval.encoding import Encoder
 from distil_jax.eval.prompts import DELIMITER, Item, items
 from distil_jax.eval.scoring import Scorer
 from distil_jax.eval.tasks import Task
 from distil_jax.eval.until import generate_until
+from distil_jax.metrics import Progress
 
 log = logging.getLogger(__name__)
 
@@ -43,14 +45,14 @@ class Exam:
 
 @dataclass(frozen=True)
 class Result:
-    """One model's result of an exam. answers: None for free answers, of which `right` says whether they match."""
+    """One model's result of an exam. answers: None for free answers, of which `written` are the texts."""
 
     task: str
     shots: int
     right: dict[str, np.ndarray]  # metric -> [I], 0 or 1
     chance: float
     answers: Answers | None
-    written: tuple[str, ...] = ()
+    written: tuple[tuple[str, str], ...] = ()  # (item's id, text)
 
     def facts(self, samples: int) -> dict[str, Any]:
         """Each metric with its 95 % interval over items, the number of items, and what guessing gets."""
@@ -82,9 +84,10 @@ def answer(
     encoder = Encoder(tokenizer)
     scorer = Scorer(model, params, mesh=mesh)
     started = time.perf_counter()
-    chosen = [exam for exam in exams if not exam.task.generated]
     # All at once: rows of all exams fill the batches.
-    scores = iter(scorer(encoder.requests([pair for exam in chosen for pair in exam.pairs])))
+    pairs = [pair for exam in exams if not exam.task.generated for pair in exam.pairs]
+    with Progress(len(pairs), label or "answers") as progress:
+        scores = iter(scorer(encoder.requests(pairs), lambda done, tokens: progress.update(done, tokens=tokens)))
     results = [
         _written(exam, model, params, tokenizer, encoder) if exam.task.generated else _chosen(exam, scores)
         for exam in exams
@@ -133,7 +136,22 @@ def _written(exam: Exam, model: Any, params: Any, tokenizer: Any, encoder: Encod
         until=exam.task.stop, max_new_tokens=exam.task.max_new_tokens,
     )  # fmt: skip
     right = [text.strip() in [gold.strip() for gold in item.gold] for text, item in zip(texts, exam.items, strict=True)]
-    return Result(exam.task.name, exam.shots, {"exact_match": np.array(right, np.float64)}, 0.0, None, tuple(texts))
+    written = tuple((item.id, text) for item, text in zip(exam.items, texts, strict=True))
+    return Result(exam.task.name, exam.shots, {"exact_match": np.array(right, np.float64)}, 0.0, None, written)
+
+
+def keep(folder: Path, model: str, results: Sequence[Result]) -> None:
+    """Writes answers/MODEL.json (answers.py) and, of tasks with free answers, written/MODEL.jsonl: a line an item."""
+    (folder / "answers").mkdir(parents=True, exist_ok=True)
+    save(folder / "answers" / f"{model}.json", model, [r.answers for r in results if r.answers])
+    free = [r for r in results if r.answers is None]
+    if free:
+        (folder / "written").mkdir(exist_ok=True)
+        with (folder / "written" / f"{model}.jsonl").open("w", encoding="utf-8") as file:
+            for r in free:
+                for (name, text), right in zip(r.written, r.right["exact_match"], strict=True):
+                    row = {"task": r.task, "shots": r.shots, "id": name, "text": text, "right": bool(right)}
+                    print(json.dumps(row, ensure_ascii=False), file=file)
 
 
 def summary(results: Sequence[Result], names: Sequence[str], samples: int) -> dict[str, Any]:

@@ -4,8 +4,8 @@ distil-jax evaluate DIR_OR_HUB_ID [...] --tasks mmlu_medical,medmcqa --data FOLD
 distil-jax evaluate --config FILE --run distilled [--step N] --tasks mmlu_medical   a checkpoint of a training run
 distil-jax evaluate --config FILE                                                   the stage: every model of a config
 
-Writes DIR/answers/MODEL.json (the log-likelihood of every choice) and DIR/results.json (accuracies with intervals), and
-prints a table. Tasks, files and metrics: docs/evaluation.md.
+Writes DIR/answers/MODEL.json (the log-likelihood of every choice), DIR/written/MODEL.jsonl (free answers) and
+DIR/results.json (accuracies with intervals), and prints a table. Tasks, files and metrics: docs/evaluation.md.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from distil_jax import arguments, hosts, learners, sharding
 from distil_jax.config import load_config
 from distil_jax.errors import UserError
 from distil_jax.eval import benchmarks, checkpointed, show, stage_tasks, tasks
-from distil_jax.eval.answers import save
 from distil_jax.manifest import write_json_atomic
 from distil_jax.models import hub
 from distil_jax.workdir import Workdir, names_of, shots_of
@@ -60,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--step goes with --config and --run")
     if args.limit < 0:
         raise UserError(f"--limit {args.limit}: a number of items, 0 for all")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _tell_what_it_takes()
     names = names_of(args.tasks)
     exams = benchmarks.exams(names, stage_tasks.folder_of(args.data), shots_of("--shots", args.shots), args.limit)
     summaries: dict[str, Any] = {}
@@ -70,10 +69,8 @@ def main(argv: Sequence[str]) -> int:
         del params
         summaries[label] = benchmarks.summary(results, names, args.bootstrap) | {"model": where}
         if args.out and hosts.is_first_process():
-            folder = Path(args.out)
-            (folder / "answers").mkdir(parents=True, exist_ok=True)
-            save(folder / "answers" / f"{label}.json", label, [r.answers for r in results if r.answers])
-            write_json_atomic(folder / "results.json", summaries)
+            benchmarks.keep(Path(args.out), label, results)
+            write_json_atomic(Path(args.out) / "results.json", summaries)
     if hosts.is_first_process():
         show.table(summaries)
         if of_config:
@@ -112,6 +109,14 @@ def tokenizer_of(directory: Path) -> Any:
         return AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise UserError(f"{directory}: its tokenizer cannot be loaded ({str(error).splitlines()[0]})") from error
+
+
+def _tell_what_it_takes() -> None:
+    """The lines of this package's evaluation go to standard error, and no other library's."""
+    logger = logging.getLogger(benchmarks.__name__)
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
 
 
 def _labels(names: Sequence[str]) -> list[str]:

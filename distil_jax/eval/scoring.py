@@ -12,7 +12,7 @@ The softmax is over every row of the unembedding, as in transformers, also over 
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -87,9 +87,21 @@ class Scorer:
         self._at_once = AT_ONCE.get(platform, AT_ONCE_OTHERWISE)
         self.work = Work()
 
-    def __call__(self, requests: Sequence[Request]) -> list[Score]:
-        """The score of each request. Raises UserError for a continuation that the model cannot hold."""
+    def __call__(self, requests: Sequence[Request], told: Callable[[int, int], None] | None = None) -> list[Score]:
+        """The score of each request. told: hears of (requests done so far, tokens that the last of them took).
+
+        Raises UserError for a continuation that the model cannot hold.
+        """
         scores: list[Score | None] = [None] * len(requests)
+        done = 0
+
+        def collect(batch: Batch, result: Any) -> None:
+            nonlocal done
+            _collect(batch, result, scores)
+            done += sum(len(row.numbers) for row in batch.rows)
+            if told:
+                told(done, batch.size * batch.length)
+
         rows = self._rows(requests)
         with jax.default_matmul_precision("highest" if _is_float32(self.params) else "default"):
             for shared, members in beginnings(rows):
@@ -99,9 +111,9 @@ class Scorer:
                 for batch in self._batches(members, shared):
                     pending.append((batch, self._dispatch(batch, prefix, shared)))
                     if len(pending) > 2:
-                        _collect(*pending.pop(0), scores)
+                        collect(*pending.pop(0))
                 for one in pending:
-                    _collect(*one, scores)
+                    collect(*one)
         return scores
 
     def _rows(self, requests: Sequence[Request]) -> list[Row]:

@@ -9,7 +9,6 @@ from jax.sharding import Mesh
 from distil_jax import hosts, learners
 from distil_jax.errors import UserError
 from distil_jax.eval import benchmarks, show
-from distil_jax.eval.answers import save
 from distil_jax.workdir import Workdir, names_of, shots_of
 
 log = logging.getLogger(__name__)
@@ -30,8 +29,7 @@ class StageTasks:
         results = benchmarks.answer(self._exams, model, params, tokenizer, mesh=self._mesh, label=name)
         self._summaries[name] = benchmarks.summary(results, self._names, self._work.config.evaluation.bootstrap)
         if hosts.is_first_process():
-            (self._folder / "answers").mkdir(exist_ok=True)
-            save(self._folder / "answers" / f"{name}.json", name, [r.answers for r in results if r.answers])
+            benchmarks.keep(self._folder, name, results)
 
     def facts(self) -> dict[str, Any]:
         """What the manifest says of it: {"benchmarks": {model: benchmarks.summary}}; nothing without exams."""
