@@ -38,7 +38,7 @@ def projection(records: Sequence[Record], plots: Plots) -> str:
             paragraph(
                 f"IP_KL {fitted['ip_kl']:.4f} {interval(fitted['ip_kl_interval'])}, IP_bpb {fitted['ip_bpb']:.4f} "
                 f"{interval(fitted['ip_bpb_interval'])}: the shares of the teacher's information about the next token, "
-                "and of its bits, that pass through W."
+                "and of its bits, that pass through W; the latter can exceed 1, as W knows counts of text too."
             ),
             together(
                 [

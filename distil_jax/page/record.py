@@ -74,7 +74,10 @@ def _json(file: Path, folder: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"no {file}: {folder} holds no finished run; `distil-jax run` makes one") from None
+        raise UserError(
+            f"no {file}: {folder} holds no finished run, or one of before this file was written; `distil-jax run` with "
+            "its config makes what is missing"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}): delete it and run `distil-jax report` again") from error
     if not isinstance(found, dict):
