@@ -97,8 +97,12 @@ def folder_of(root: Path, words: Words, *, distilled=1.75, tasks=True) -> Path:
     for model, of_model in given.items():
         answers.save(root / "evaluate" / "answers" / f"{model}.json", model, of_model)
     specialty, source = words("cardiology"), in_a_path(words("notes.jsonl"))
+    kept = {"positions": 9, "kl_to_teacher": 0.5, "kl_to_teacher_interval": [0.4, 0.6]}
+    kept |= {"agreement_with_teacher": 0.25, "agreement_with_teacher_interval": [0.2, 0.3]}
+    retention = kept | {"by_class": {"word": kept}, "by_specialty": {specialty: kept}}
     manifest.write(
         root / "evaluate", "k", documents=3, bytes=9, models={}, differences=differences,
+        retention=dict.fromkeys(("student_before", "control", "distilled"), retention),
         bits_per_byte_by_specialty={specialty: models},
         differences_by_specialty={specialty: {"control - distilled": gain("control")}},
     )  # fmt: skip

@@ -7,7 +7,7 @@ from distil_jax import variants
 from distil_jax.page.elements import bullets, folded, heading, paragraph, section, table
 from distil_jax.page.figures import Plots, bars, looks, tall, together
 from distil_jax.page.record import Record
-from distil_jax.tables import class_rows, gain, label_of, ladder_rows, models_of, table_rows, verdict
+from distil_jax.tables import class_rows, gain, interval, label_of, ladder_rows, models_of, table_rows, verdict
 
 OTHERS = ("student_before", "control", "smoothing", "teacher")  # what a taught student is compared with
 BARS = 30  # specialties in a plot
@@ -36,8 +36,37 @@ def results(records: Sequence[Record], plots: Plots) -> str:
         heading("By class of the student's tokens"),
         paragraph("Bits per byte and, in brackets, how often the most likely token was right."),
         table(joined(records, lambda r: class_rows(models_of(r.summary)))),
+        heading("What a student keeps of the teacher"),
+        paragraph(
+            "On held-out text: how often its most likely token is right, over how often the teacher's is; how often it "
+            "is the first piece of the teacher's; KL of the projected teacher to it at temperature 1."
+        ),
+        table(joined(records, retention_rows)),
+        *(kept_by(record, part, several) for part in ("by_class", "by_specialty") for record in records),
     ]
     return section("results", "Results", parts)
+
+
+KEPT = ("token_accuracy_retained", "agreement_with_teacher", "kl_to_teacher")  # eval/retention.py
+OF_KEPT = ("accuracy, of the teacher's", "agrees with the teacher", "KL to the teacher, nats")
+
+
+def retention_rows(record: Record) -> list[tuple[str, ...]]:
+    """What each student keeps, with intervals."""
+    found = record.evaluate["retention"]
+    return [("", *OF_KEPT), *((label_of(name), *_kept(of)) for name, of in found.items())]
+
+
+def kept_by(record: Record, part: str, several: bool) -> str:
+    """The same of the exported student, by class of token or by specialty."""
+    found = record.evaluate["retention"][record.exported][part]
+    rows = [("", "positions", *OF_KEPT), *((name, f"{of['positions']:,}", *_kept(of)) for name, of in found.items())]
+    of = f"{record.name}, " if several else ""
+    return folded(f"{of}{label_of(record.exported)}, {part.replace('_', ' ')}", table(rows))
+
+
+def _kept(of: dict[str, Any]) -> list[str]:
+    return [f"{of[key]:.4f} {interval(of[f'{key}_interval'])}" if key in of else "" for key in KEPT]
 
 
 def joined(records: Sequence[Record], rows_of: Any) -> list[Sequence[Any]]:
