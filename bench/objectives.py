@@ -30,6 +30,8 @@ SHORT = (
     "--config.teacher.training.steps=300",
     "--config.student.training.steps=200",
     "--config.evaluation.answers=0",
+    "--config.report.turns=0",
+    "--config.report.calibration_rows=0",
 )
 
 

@@ -336,3 +336,16 @@ def test_plots_of_hostile_names_are_drawn_and_kept_apart(tmp_path):
     drawn = [plots.draw(f"of {name}", lambda axes: bars(axes, names, [1, 2, 3], above=True), "c") for name in names * 2]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in plots.written) and len(drawn) == 6
     assert all("$\\frac{1$ &lt;b&gt;" in one for one in drawn)
+
+
+def test_what_was_not_asked_leaves_no_section(finished, tmp_path):
+    folder = Path(shutil.copytree(finished, tmp_path / "less"))
+    told = json.loads((folder / "report" / "exhibits.json").read_text())
+    (folder / "report" / "exhibits.json").write_text(json.dumps(told | {"answers": [], "calibration": {}, "speed": {}}))
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"benchmarks": {}}))
+    shutil.rmtree(folder / "evaluate" / "answers")
+    write([folder], tmp_path / "less.html")
+    seen = check_is_inert((tmp_path / "less.html").read_text(encoding="utf-8"))
+    left = [a["id"] for tag, a in seen.tags if tag == "section"]
+    assert left == "results specialties training projection alignment attention data settings".split()
