@@ -21,7 +21,7 @@ main() {
   local command=${1:-}
   case $command in
     run | status | logs | put | fetch | stop | delete) shift ;;
-    *) sed -n 's/^#  \? \?//p' "${BASH_SOURCE[0]}" | sed -n '2,14p' >&2; exit 2 ;;
+    *) usage "${BASH_SOURCE[0]}" ;;
   esac
   name=distil-jax image="" shared="" topology=v5e:4x4 slices=1 spot="" restarts=50 namespace=default
   while (($#)); do

@@ -39,7 +39,7 @@ main() {
       *) flags+=("$1"); shift ;;
     esac
   done
-  [[ ${1:-} == -- && $# -gt 1 ]] || { sed -n 's/^#  \? \?//p' "${BASH_SOURCE[0]}" | sed -n '2,16p' >&2; exit 2; }
+  [[ ${1:-} == -- && $# -gt 1 ]] || usage "${BASH_SOURCE[0]}"
   shift
   for word in restarts faults every; do
     [[ ${!word} =~ ^[0-9]+$ ]] || fail "--$word ${!word}: it is a number"

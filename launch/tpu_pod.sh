@@ -26,7 +26,7 @@ main() {
   local command=${1:-}
   case $command in
     create | wait | install | put | run | status | logs | stop | fetch | delete) shift ;;
-    *) sed -n 's/^#  \? \?//p' "${BASH_SOURCE[0]}" | sed -n '2,20p' >&2; exit 2 ;;
+    *) usage "${BASH_SOURCE[0]}" ;;
   esac
   read_settings "$@"
   shift "$settings_read"

@@ -63,6 +63,13 @@ def test_the_scripts_are_clean_for_shellcheck():
     assert found.returncode == 0, found.stdout
 
 
+@pytest.mark.parametrize("script", ["tpu_pod.sh", "tpu_babysit.sh", "gke.sh", "slurm_gpu.sh"])
+def test_a_script_without_arguments_says_what_it_does(cloud, script):
+    done = cloud.run(script)
+    header = (PROJECT / "launch" / script).read_text().split("\nset -e")[0].splitlines()[1:]
+    assert done.returncode == 2 and done.stderr.splitlines() == [line[2:] for line in header]
+
+
 # --- a slice of TPU VMs -----------------------------------------------------------------------------------------------
 
 
