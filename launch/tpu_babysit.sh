@@ -75,7 +75,7 @@ nap() {
 pod() {
   local command=$1
   shift
-  "$here/tpu_pod.sh" "$command" "${flags[@]}" "$@" 9>&-
+  "$here/tpu_pod.sh" "$command" "${flags[@]}" "$@" 9>&- </dev/null
 }
 
 plan() {

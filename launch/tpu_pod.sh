@@ -40,7 +40,7 @@ main() {
   name=${setting[name]}
   place=("--zone=${setting[zone]}")
   [[ -z ${setting[project]} ]] || place+=("--project=${setting[project]}")
-  reach=("${place[@]}")
+  reach=("${place[@]}" --quiet) # a first key is made without a question
   [[ ${setting[internal]} == no ]] || reach+=(--internal-ip)
   "slice_$command" "$@"
 }
