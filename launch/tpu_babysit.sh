@@ -45,7 +45,7 @@ main() {
     [[ ${!word} =~ ^[0-9]+$ ]] || fail "--$word ${!word}: it is a number"
   done
   read_settings "${flags[@]}"
-  ((settings_read == ${#flags[@]})) || fail "unknown argument ${flags[settings_read]}"
+  ((${#words[@]} == 0)) || fail "unknown argument ${words[0]}"
   [[ ${setting[shared]} != none ]] || fail "shared=none: what a pre-empted slice has saved is lost with it"
   arguments=("$@") failed_starts=0 outcome=""
   if [[ $dry_run ]]; then

@@ -29,7 +29,6 @@ main() {
     *) usage "${BASH_SOURCE[0]}" ;;
   esac
   read_settings "$@"
-  shift "$settings_read"
   keep_secrets
   exec 3>&1 # where a dry run shows what a substitution asks
   scratch=${TMPDIR:-/tmp}/scratch
@@ -42,7 +41,7 @@ main() {
   [[ -z ${setting[project]} ]] || place+=("--project=${setting[project]}")
   reach=("${place[@]}" --quiet) # a first key is made without a question
   [[ ${setting[internal]} == no ]] || reach+=(--internal-ip)
-  "slice_$command" "$@"
+  "slice_$command" "${words[@]}"
 }
 
 # --- the slice ---------------------------------------------------------------------------------------------------------
