@@ -21,9 +21,9 @@ main() {
   local command=${1:-}
   case $command in
     run | status | logs | put | fetch | stop | delete) shift ;;
-    *) sed -n 's/^#  \? \?//p' "${BASH_SOURCE[0]}" | sed -n '2,14p' >&2; exit 2 ;;
+    *) usage "${BASH_SOURCE[0]}" ;;
   esac
-  name=distil-jax image="" shared="" topology=v5e:4x4 slices=1 spot="" restarts=50 namespace=default
+  name=distil-jax image="" shared="" topology=v5e:4x4 slices=1 spot="" restarts=50 namespace=default words=()
   while (($#)); do
     case $1 in
       --name | --image | --shared | --topology | --slices | --restarts | --namespace)
@@ -33,15 +33,15 @@ main() {
         ;;
       --spot) spot=yes; shift ;;
       --dry-run) dry_run=yes; shift ;;
-      --) shift; break ;;
+      --) shift; words+=("$@"); break ;;
       --*) fail "there is no option $1" ;;
-      *) break ;;
+      *) words+=("$1"); shift ;;
     esac
   done
   check
   keep_secrets
   kubectl=(kubectl "--namespace=$namespace")
-  "jobset_$command" "$@"
+  "jobset_$command" "${words[@]}"
 }
 
 check() {

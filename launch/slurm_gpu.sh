@@ -43,7 +43,7 @@ submit() {
       *) options+=("$1"); shift ;;
     esac
   done
-  [[ ${1:-} == -- && $# -gt 1 ]] || { sed -n 's/^#  \? \?//p' "${BASH_SOURCE[0]}" | sed -n '2,5p' >&2; exit 2; }
+  [[ ${1:-} == -- && $# -gt 1 ]] || usage "${BASH_SOURCE[0]}"
   shift
   for word in "${options[@]}"; do
     [[ $word != --gpus-per-task* && $word != --gpu-bind* ]] ||

@@ -8,6 +8,12 @@ dry_run=${dry_run:-}
 TRY_AGAIN=75 # exit status of what may go better later: no capacity, a network that failed
 SECRETS=(HF_TOKEN WANDB_API_KEY)
 
+# What stands at the top of a script, and the end.
+usage() {
+  awk 'NR > 1 && !/^#/ { exit } NR > 1 { sub(/^# ?/, ""); print }' "$1" >&2
+  exit 2
+}
+
 # Secrets are read from the environment, and go on in files that only their owner reads. No command gets them in its
 # arguments, which every user of a machine can list; commands need them in no environment either.
 keep_secrets() { export -n "${SECRETS[@]}"; }

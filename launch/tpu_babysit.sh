@@ -39,13 +39,13 @@ main() {
       *) flags+=("$1"); shift ;;
     esac
   done
-  [[ ${1:-} == -- && $# -gt 1 ]] || { sed -n 's/^#  \? \?//p' "${BASH_SOURCE[0]}" | sed -n '2,16p' >&2; exit 2; }
+  [[ ${1:-} == -- && $# -gt 1 ]] || usage "${BASH_SOURCE[0]}"
   shift
   for word in restarts faults every; do
     [[ ${!word} =~ ^[0-9]+$ ]] || fail "--$word ${!word}: it is a number"
   done
   read_settings "${flags[@]}"
-  ((settings_read == ${#flags[@]})) || fail "unknown argument ${flags[settings_read]}"
+  ((${#words[@]} == 0)) || fail "unknown argument ${words[0]}"
   [[ ${setting[shared]} != none ]] || fail "shared=none: what a pre-empted slice has saved is lost with it"
   arguments=("$@") failed_starts=0 outcome=""
   if [[ $dry_run ]]; then
@@ -75,7 +75,7 @@ nap() {
 pod() {
   local command=$1
   shift
-  "$here/tpu_pod.sh" "$command" "${flags[@]}" "$@" 9>&-
+  "$here/tpu_pod.sh" "$command" "${flags[@]}" "$@" 9>&- </dev/null
 }
 
 plan() {

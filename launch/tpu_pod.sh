@@ -26,10 +26,9 @@ main() {
   local command=${1:-}
   case $command in
     create | wait | install | put | run | status | logs | stop | fetch | delete) shift ;;
-    *) sed -n 's/^#  \? \?//p' "${BASH_SOURCE[0]}" | sed -n '2,20p' >&2; exit 2 ;;
+    *) usage "${BASH_SOURCE[0]}" ;;
   esac
   read_settings "$@"
-  shift "$settings_read"
   keep_secrets
   exec 3>&1 # where a dry run shows what a substitution asks
   scratch=${TMPDIR:-/tmp}/scratch
@@ -40,9 +39,9 @@ main() {
   name=${setting[name]}
   place=("--zone=${setting[zone]}")
   [[ -z ${setting[project]} ]] || place+=("--project=${setting[project]}")
-  reach=("${place[@]}")
+  reach=("${place[@]}" --quiet) # a first key is made without a question
   [[ ${setting[internal]} == no ]] || reach+=(--internal-ip)
-  "slice_$command" "$@"
+  "slice_$command" "${words[@]}"
 }
 
 # --- the slice ---------------------------------------------------------------------------------------------------------

@@ -19,19 +19,18 @@ declare -A setting=(
   [wait_hours]=24         # for a slice to become ready
 )
 
-# read_settings [--KEY VALUE | --spot ... | --settings FILE | --dry-run]...: fills `setting` and `dry_run`. Stops at the
-# first argument that is no flag, or behind `--`; `settings_read` says how many it took. Flags win over the file.
+# read_settings ARGUMENTS...: fills `setting` from --KEY VALUE, --spot and the like, --settings FILE; `dry_run` from
+# --dry-run; `words` with what is no flag and with all that stands behind `--`. Flags win over the file.
 read_settings() {
   local key value line number=0 file=""
   local -A given=()
-  settings_read=0
+  words=()
   while (($#)); do
     case $1 in
-      --) settings_read=$((settings_read + 1)); break ;;
-      --dry-run) dry_run=yes; shift; settings_read=$((settings_read + 1)); continue ;;
-      --settings) file=${2:?--settings wants a file}; shift 2; settings_read=$((settings_read + 2)); continue ;;
+      --) shift; words+=("$@"); break ;;
+      --dry-run) dry_run=yes; shift; continue ;;
       --*) ;;
-      *) break ;;
+      *) words+=("$1"); shift; continue ;;
     esac
     key=${1#--} key=${key%%=*} key=${key//-/_} value=yes
     if [[ $1 == *=* ]]; then
@@ -40,12 +39,14 @@ read_settings() {
       (($# > 1)) || fail "$1 wants a value"
       value=$2
       shift
-      settings_read=$((settings_read + 1))
     fi
-    [[ -v setting[$key] ]] || fail "there is no setting $key; there are: ${!setting[*]}"
-    given[$key]=$value
+    if [[ $key == settings ]]; then
+      file=$value
+    else
+      [[ -v setting[$key] ]] || fail "there is no setting $key; there are: ${!setting[*]}"
+      given[$key]=$value
+    fi
     shift
-    settings_read=$((settings_read + 1))
   done
   if [[ $file ]]; then
     [[ -r $file ]] || fail "$file: no such file"

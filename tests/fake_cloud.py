@@ -50,8 +50,8 @@ create |= {"service-account"}
 known = {
     ("tpu-vm", "create"): create | {"version"},
     ("queued-resources", "create"): create | {"runtime-version", "node-id"},
-    ("tpu-vm", "ssh"): {"worker", "command", "internal-ip"},
-    ("tpu-vm", "scp"): {"worker", "recurse", "internal-ip"},
+    ("tpu-vm", "ssh"): {"worker", "command", "internal-ip", "quiet"},
+    ("tpu-vm", "scp"): {"worker", "recurse", "internal-ip", "quiet"},
     ("tpu-vm", "delete"): {"quiet"},
     ("queued-resources", "delete"): {"quiet", "force"},
     ("tpu-vm", "describe"): {"format"},

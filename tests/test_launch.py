@@ -63,6 +63,13 @@ def test_the_scripts_are_clean_for_shellcheck():
     assert found.returncode == 0, found.stdout
 
 
+@pytest.mark.parametrize("script", ["tpu_pod.sh", "tpu_babysit.sh", "gke.sh", "slurm_gpu.sh"])
+def test_a_script_without_arguments_says_what_it_does(cloud, script):
+    done = cloud.run(script)
+    header = (PROJECT / "launch" / script).read_text().split("\nset -e")[0].splitlines()[1:]
+    assert done.returncode == 2 and done.stderr.splitlines() == [line[2:] for line in header]
+
+
 # --- a slice of TPU VMs -----------------------------------------------------------------------------------------------
 
 
@@ -124,7 +131,7 @@ def test_secrets_arrive_and_are_seen_nowhere(cloud, place, tmp_path):
 def test_a_dry_run_shows_every_command_and_runs_none(cloud, place):
     every = ["create", "wait", "install", "put F", "run", "status", "logs", "stop", "fetch D", "delete"]
     for verb, *more in map(str.split, every):
-        words = (verb, *place, "--queued", "--dry-run", *(RUN if verb == "run" else more))
+        words = (verb, *more, *place, "--queued", "--dry-run", *(RUN if verb == "run" else ()))
         shown = well(cloud.run("tpu_pod.sh", *words, HF_TOKEN=SECRET))
         assert "gcloud compute tpus" in shown and "hf_a" not in shown
     assert not cloud.calls() and not list((cloud.root / "here").iterdir())
@@ -604,7 +611,7 @@ def test_results_come_out_of_the_cluster(cloud, tmp_path):
 
 def test_gke_in_a_dry_run_shows_its_commands(cloud):
     for verb, *more in map(str.split, ("run", "status", "logs", "put F", "fetch D", "stop", "delete")):
-        words = (verb, *CLUSTER, "--dry-run", *(RUN if verb == "run" else more))
+        words = (verb, *more, *CLUSTER, "--dry-run", *(RUN if verb == "run" else ()))
         shown = well(cloud.run("gke.sh", *words, HF_TOKEN=SECRET))
         assert "kubectl --namespace=default" in shown and "hf_a" not in shown
     assert not cloud.calls()
