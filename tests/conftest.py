@@ -9,8 +9,10 @@ from pathlib import Path
 # that tests start inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
 _EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
+# Eight devices share the cores: on a busy machine one may come late to a collective, which is no reason to abort.
+_PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 if _EIGHT_DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT_DEVICES}".strip()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_EIGHT_DEVICES} {_PATIENCE}".strip()
 os.environ["HF_HUB_OFFLINE"] = "1"
 # One program is compiled once, whichever process of the session, or of a later one, needs it.
 _CACHE = Path(tempfile.gettempdir()) / f"distil_jax_tests_{os.getuid()}"

@@ -15,7 +15,7 @@ import transformers
 
 from distil_jax import cli
 from distil_jax.errors import UserError
-from distil_jax.eval import answers, benchmarks, prompts, questions, records, tasks
+from distil_jax.eval import answers, benchmarks, prompts, questions, records, stage_tasks, tasks
 from distil_jax.eval.encoding import Encoder, Request
 from distil_jax.eval.scoring import Row, Scorer, beginnings, bucket, shared_bucket
 from distil_jax.models import load_pretrained, save_pretrained
@@ -295,6 +295,12 @@ def test_a_dataset_of_the_hub_is_read_as_its_local_files_are(tmp_path, monkeypat
     assert asked[0] == asked[1] and len(asked[0]) == 5
     with pytest.raises(UserError, match="cannot be had from the hub"):
         records.read(dataclasses.replace(task, hub="no/such"), None)
+
+
+def test_a_corpus_that_held_the_questions_is_told():
+    (line,) = stage_tasks.told("test.jsonl", {"medmcqa": {"MedMCQA": {"rows": 3, "examples": []}}})
+    assert "3 rows of medmcqa held questions of MedMCQA" in line
+    assert "not searched" in stage_tasks.told("", {})[0] and not stage_tasks.told("test.jsonl", {})
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -382,7 +382,8 @@ def test_every_model_answers_the_benchmarks_and_any_checkpoint_can(finished, tmp
     assert Workdir(asked).done("evaluate") is None and Workdir(asked).done("distilled")
     found = evaluate.main(asked)
     assert set(found["benchmarks"]) == {"teacher", "student_before", "distilled"} == set(found["models"])
-    assert "ward" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "ward" in said.out and "not searched for the questions" in said.err
     for name, told in found["benchmarks"].items():
         (facts,) = told["tasks"]
         model, (a,) = answers.load(folder / "evaluate" / "answers" / f"{name}.json")

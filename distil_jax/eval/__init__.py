@@ -1,1 +1,1 @@
-"""Measurement: likelihoods over held-out text, and intervals over documents."""
+"""Measurement: held-out text, benchmarks, and intervals over documents and items."""

@@ -117,6 +117,7 @@ def _tell_what_it_takes() -> None:
     logger.setLevel(logging.INFO)
     if not logger.handlers:
         logger.addHandler(logging.StreamHandler())
+        logger.propagate = False
 
 
 def _labels(names: Sequence[str]) -> list[str]:

@@ -8,6 +8,8 @@ with the one at the start already.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from distil_jax.errors import UserError
+
 
 class Request(NamedTuple):
     """Score `continuation` after `context`: token ids, both not empty."""
@@ -21,9 +23,10 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, add_bos: bool | None = None):
         self.tokenizer, self.add_bos = tokenizer, add_bos
-        bos = tokenizer.bos_token_id
-        # What a text without a context follows.
-        self.prefix_id = int(tokenizer.eos_token_id if bos is None else bos)
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if bos is None and eos is None:
+            raise UserError("the tokenizer names neither a first nor a last token: set bos_token in its config")
+        self.prefix_id = int(eos if bos is None else bos)  # what a text without a context follows
         self.prefix_text = tokenizer.decode(self.prefix_id)
 
     def encode(self, texts: Sequence[str], special: bool | None = None) -> list[list[int]]:

@@ -1,6 +1,6 @@
 """The benchmarks of a config's `evaluate` stage: what config.evaluation.tasks asks of every model."""
 
-import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,6 @@ from distil_jax import hosts, learners
 from distil_jax.errors import UserError
 from distil_jax.eval import benchmarks, show
 from distil_jax.workdir import Workdir, names_of, shots_of
-
-log = logging.getLogger(__name__)
 
 
 class StageTasks:
@@ -60,15 +58,19 @@ def folder_of(data: str) -> str | None:
 
 def overlaps(work: Workdir) -> list[str]:
     """What the corpus knows of benchmarks in what the students learned, as warnings."""
-    corpus = work.require("corpus")
-    if not work.config.data.benchmarks:
+    return told(work.config.data.benchmarks, work.require("corpus")["contamination"])
+
+
+def told(searched: str, contamination: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """`overlaps`, from config.data.benchmarks and what was found: {source: {benchmark: {"rows": ...}}}."""
+    if not searched:
         return [
             "the corpus was not searched for the questions of these benchmarks: name their files in "
             "config.data.benchmarks, or scores may be of memory (docs/prepare.md)"
         ]
     return [
-        f"{told['rows']} rows of {source} held questions of {benchmark} and were left out of the corpus; what a "
+        f"{rows['rows']} rows of {source} held questions of {benchmark} and were left out of the corpus; what a "
         "model had learned before that is not known"
-        for source, found in corpus["contamination"].items()
-        for benchmark, told in found.items()
+        for source, found in contamination.items()
+        for benchmark, rows in found.items()
     ]
