@@ -57,7 +57,9 @@ def main(config: ConfigDict) -> dict[str, Any]:
 
         @functools.cache  # the students are one model, which compiles once
         def scorer_of(side, model):
-            return likelihood.make_scorer(model, side, block=config.objective.block, mesh=mesh)
+            return likelihood.make_scorer(
+                model, side, block=config.objective.block, attention=config.attention, mesh=mesh
+            )
 
         def scored(side, model, params):
             values = likelihood.sweep(scorer_of(side, model), params, loader.sweep(e.batch_size, e.rows), mesh)
