@@ -218,7 +218,8 @@ def test_a_second_run_skips_everything_and_a_changed_key_remakes_only_what_reads
 
 
 STAGES = ("corpus", "teacher", "projection", "control", "smoothing", "distilled", "hot", "evaluate", "export", "report")
-# Read in training, and no part of what is made: where, on what, in which form, beside which other runs, in which pieces it is scored.
+# Read in training, and no part of what is made: where, on what, in which form, beside which other runs, in which pieces
+# it is scored.
 HOW_NOT_WHAT = {"workdir", "mesh", "attention", "runs", "export.run", "evaluation.batch_size"}
 HOW_NOT_WHAT |= {"teacher.spread", "watch.hang_seconds", "watch.profile", "watch.tensorboard", "watch.wandb"}
 HOW_NOT_WHAT |= {"data.files"}  # in the key by size and time of each file
