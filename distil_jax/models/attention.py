@@ -29,8 +29,9 @@ SPLASH_BLOCK = 512
 
 
 def chosen(implementation: str, length: int, mesh: Mesh | None = None) -> str:
-    """The form that rows of `length` take on the devices of the mesh, which need not be here (None: on ours).
+    """The form that rows of `length` take on the devices of the mesh, which need not be here.
 
+    Without a mesh, on ours: if there are several, XLA may cut the arrays as it likes, which a kernel does not let it.
     Raises UserError for a name that is none of IMPLEMENTATIONS.
     """
     if implementation not in IMPLEMENTATIONS:
@@ -40,7 +41,7 @@ def chosen(implementation: str, length: int, mesh: Mesh | None = None) -> str:
         )
     if implementation != "auto":
         return implementation
-    if platform_of(mesh) == "tpu":
+    if platform_of(mesh) == "tpu" and (mesh is not None or jax.device_count() == 1):
         return "splash" if length >= LANES else "explicit"
     return "blocks" if length > SHORT else "explicit"
 

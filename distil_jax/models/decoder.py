@@ -282,9 +282,13 @@ class Model:
         tokens_BxL: Int[Array, "B L"],
         segment_ids: Int[Array, "B L"] | None = None,
         positions: Int[Array, "B L"] | None = None,
+        **options: Any,
     ) -> Float[Array, "B L V"]:
-        """Logits in float32, whole in memory; columns that are no text token hold the lowest float32."""
-        hidden_BxLxD = self.hidden(params, tokens_BxL, segment_ids=segment_ids, positions=positions)
+        """Logits in float32, whole in memory; columns that are no text token hold the lowest float32.
+
+        options: `attention` and `mesh` of `hidden`.
+        """
+        hidden_BxLxD = self.hidden(params, tokens_BxL, segment_ids=segment_ids, positions=positions, **options)
         scores_VxN = layers.unembed(self.unembedding(params), hidden_BxLxD.reshape(-1, hidden_BxLxD.shape[-1]))
         logits = scores_VxN.T.reshape(*tokens_BxL.shape, -1)
         is_text = jnp.arange(self.config.vocab_size) < self.config.text_vocab_size
