@@ -1,11 +1,13 @@
 """The forms of attention compute one thing: values and gradients against float64, whole models against each other."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_run import config_of
 
 from distil_jax import compile as command
 from distil_jax import hlo, sharding
@@ -13,6 +15,7 @@ from distil_jax.errors import UserError
 from distil_jax.models import attention_blocks, model_from_config
 from distil_jax.models.attention import IMPLEMENTATIONS, attention, check, chosen
 from distil_jax.models.attention_blocks import block_of, tile_mask, tiles
+from distil_jax.plan import plan
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -204,6 +207,16 @@ def test_a_model_says_and_learns_the_same_in_every_form(remat, form, gemma, monk
     np.testing.assert_allclose(seen_map, attention_map, atol=1e-5)
     np.testing.assert_allclose(again, value, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6 + 1e-4 * np.abs(a).max()), gradient, theirs)
+
+
+@pytest.mark.parametrize("form", ["blocks", "explicit"])
+def test_a_step_that_compares_no_maps_holds_nothing_of_length_by_length(form):
+    """Both models, both heads and the targets inside tokens, in rows of a length that nothing else has."""
+    lengths = {"data.student_length": 1000, "data.teacher_length": 1000}
+    config = config_of("nowhere", attention=form, **lengths, **{"student.training.batch_size": 2})
+    text = plan(config, "distilled", sharding.mesh_of("data:1", jax.devices()[:1])).lower().as_text()
+    squares = re.findall(r"tensor<(?:\d+x)*10\d\dx(?:\d+x)?10\d\dx\w+>", text)  # 1000, or filled up to whole blocks
+    assert bool(squares) == (form == "explicit"), set(squares)
 
 
 # ---- meshes ---------------------------------------------------------------------------------------------------------
