@@ -26,6 +26,8 @@ def get_config() -> ConfigDict:
     c.seed = 0  # of the order of the data, and of the fit of W
     c.workdir = "work/gemma270m_smollm135m"  # everything a run writes, about 15 GB
     c.mesh = "data:-1"  # "slices:2,data:1,fsdp:4,tensor:2" over all chips (docs/scale.md); -1: what the others leave
+    # How models attend (docs/models.md): "explicit", "blocks" (long rows, any device), "splash" (TPU); "auto" knows.
+    c.attention = "auto"
 
     c.data = ConfigDict()
     c.data.files = ""  # your JSONL, Parquet or CSV files, separated by commas; empty: the Human Phenotype Ontology

@@ -46,6 +46,8 @@ def get_config(arg: str = "") -> ConfigDict:
     # Everything a run writes: work/tiny, or work/ and the arguments.
     c.workdir = "work/" + ("_".join(part for part in ARGUMENTS if part in chosen) or "tiny")
     c.mesh = "data:-1"  # "slices:2,data:1,fsdp:4,tensor:2" over all chips (docs/scale.md); -1: what the others leave
+    # How models attend (docs/models.md): "explicit", "blocks" (long rows, any device), "splash" (TPU); "auto" knows.
+    c.attention = "auto"
 
     c.data = ConfigDict()
     c.data.files = ""  # your JSONL, Parquet or CSV files, separated by commas; empty: the Human Phenotype Ontology

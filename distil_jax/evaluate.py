@@ -69,12 +69,14 @@ def main(config: ConfigDict) -> dict[str, Any]:
 
         @functools.cache  # the students are one model, which compiles once
         def scorer_of(side, model):
-            return likelihood.make_scorer(model, side, block=config.objective.block, mesh=mesh)
+            return likelihood.make_scorer(
+                model, side, block=config.objective.block, attention=config.attention, mesh=mesh
+            )
 
         @functools.cache
         def apart_of(model):
-            beside = {"teacher": teacher, "positions": "boundaries", "block": config.objective.block, "mesh": mesh}
-            kl_at_1 = jax.jit(Loss(Objective(model, **beside)).kl_at_1)
+            options = {"block": config.objective.block, "attention": config.attention, "mesh": mesh}
+            kl_at_1 = jax.jit(Loss(Objective(model, teacher=teacher, positions="boundaries", **options)).kl_at_1)
             return lambda params, batch: kl_at_1(params, frozen, batch)
 
         def scored(side, model, params, name):

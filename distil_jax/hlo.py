@@ -72,7 +72,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
         if header := _HEADER.match(line.strip() if line.startswith("ENTRY") else line):
             current = computations.setdefault(header[2], [])
             entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
+        elif line.startswith("}") and not line.startswith("}}"):  # which ends what a kernel says of itself over lines
             current = None
         elif current is not None:
             current.append(line)

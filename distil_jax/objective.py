@@ -75,6 +75,7 @@ class Objective:
     block: int = 0
     compute_dtype: str = "float32"
     remat: str = "none"  # decoder.REMAT
+    attention: str = "auto"  # models/attention.py
     adapter_scale: float = 1.0  # alpha / rank, where adapters learn (lora.py)
     mesh: Mesh | None = None
 
@@ -284,6 +285,8 @@ class Loss:
             positions=batch[f"{side}_positions"],
             remat=self.objective.remat if side == self.objective.side else "none",
             observe=tuple(observe),
+            attention=self.objective.attention,
+            mesh=self.objective.mesh,
         )
         hidden, seen = hidden if observe else (hidden, None)
         return hidden, model.unembedding(params), seen

@@ -20,6 +20,7 @@ from distil_jax.losses import attention, conditional
 from distil_jax.losses.kd import PlacedTable, ProjectionRows, ProjectionTable
 from distil_jax.losses.schedules import learning_rate
 from distil_jax.losses.vocabulary import Shards
+from distil_jax.models import attention as attending
 from distil_jax.models import hub, published
 from distil_jax.models.int8 import Int8, quantize
 from distil_jax.objective import Frozen, Loss, Objective
@@ -60,12 +61,14 @@ def plan(config: ConfigDict, run: str, mesh: Mesh, batch_size: int = 0) -> Plan:
     side = "teacher" if run == "teacher" else "student"
     o, training = config.objective, config[side].training
     rows = batch_size or training.batch_size
+    attending.check(config.attention, mesh)
     models = {name: described(config, name) for name in ("teacher", "student")}
     model, whole = models[side], sharding.replicated(mesh)
     sharding.places(mesh, rows // training.accumulate)
     params, where, own = learning(config, side, model, mesh)
 
     common = {"block": o.block, "compute_dtype": training.compute_dtype, "remat": training.remat, "mesh": mesh}
+    common["attention"] = config.attention
     common["adapter_scale"] = learners.adapter_scale(config, side)
     frozen = Frozen(placed(jax.ShapeDtypeStruct((SPECIALTIES,), jnp.float32), whole), own=own)
     if side == "student" and run not in variants.UNTAUGHT:

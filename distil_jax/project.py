@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from distil_jax import hosts, information, learners, sharding
@@ -49,7 +50,7 @@ def main(config: ConfigDict) -> dict[str, Any]:
 
         # Fitted on what the teacher says at the shared boundaries of some training rows.
         unigram = np.load(work / "corpus" / "student_unigram.npy")
-        hidden_of = jax.jit(lambda params, batch: teacher_states(teacher, params, batch))
+        hidden_of = jax.jit(lambda params, batch: teacher_states(teacher, params, batch, config.attention, mesh))
         fitting = gather(hidden_of, params, first(train, c.fit_rows), mesh)
         ids, probs = top(unembedding, built, fitting["hidden"], c.fit_top)
         fitted, fit = built.fit(
@@ -112,10 +113,12 @@ def boundary_pairs(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def teacher_states(teacher: Any, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+def teacher_states(
+    teacher: Any, params: Any, batch: dict[str, jax.Array], attention: str = "auto", mesh: Mesh | None = None
+) -> jax.Array:
     """The teacher's hidden states of a batch, [B, Lt, Dt]."""
     fields = {name: batch[f"teacher_{name}"] for name in ("segment_ids", "positions")}
-    return teacher.hidden(params, batch["teacher_tokens"], **fields)
+    return teacher.hidden(params, batch["teacher_tokens"], attention=attention, mesh=mesh, **fields)
 
 
 def first(loader: Loader, rows: int) -> Iterable[dict[str, np.ndarray]]:

@@ -21,6 +21,7 @@ from distil_jax.losses.rivals import KINDS, RIVALS, Rival
 from distil_jax.losses.schedules import schedule
 from distil_jax.losses.vocabulary import Shards
 from distil_jax.losses.weights import dro_update, specialty_weights
+from distil_jax.models import attention as attending
 from distil_jax.objective import POSITIONS, Alignment, Frozen, Objective
 from distil_jax.projection import Projection
 from distil_jax.step import Reweigh
@@ -55,6 +56,7 @@ def make(
     """What is optimised, and what it reads without learning it."""
     o, t = config.objective, run.training
     common = {"block": o.block, "compute_dtype": t.compute_dtype, "remat": t.remat, "mesh": mesh}
+    common["attention"] = config.attention
     common["adapter_scale"] = learners.adapter_scale(config, run.side)
     everywhere = sharding.replicated(mesh)  # else each step would send it out from the first device
     if run.side == "teacher":
@@ -227,6 +229,7 @@ def beside_the_model(
 def check(work: Workdir, corpus: dict[str, Any], mesh: Mesh) -> None:
     """Raises UserError now for settings that the last run of a recipe would stumble over."""
     work = Workdir(ConfigDict(work.config.to_dict()))  # to check a key is not to read it
+    attending.check(work.config.attention, mesh)
     for side in (("teacher",) if work.teacher_is_trained() else ()) + ("student",):
         learners.check_learning(work, side, mesh)
     student, teacher = (learners.description(work, side) for side in ("student", "teacher"))

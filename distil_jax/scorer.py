@@ -71,6 +71,7 @@ class Scorer:
         @jax.jit
         def hidden_of(params, batch):
             fields = {name: batch[f"teacher_{name}"] for name in ("segment_ids", "positions")}
+            fields |= {"attention": config.attention, "mesh": mesh}
             hidden = self._teacher.hidden(cast(params, dtype), batch["teacher_tokens"], **fields)
             return hidden.reshape(-1, hidden.shape[-1])
 

@@ -164,7 +164,8 @@ class Curve:
         wanted = max(1, config.evaluation.curve_rows // size)
         self._batches = [batch for batch, _ in zip(loader.sweep(size), range(wanted), strict=False)]
         self._rows = {k: np.concatenate([b[k] for b in self._batches]) for k in self._batches[0]}
-        self._scorer = likelihood.make_scorer(model, side, block=config.objective.block, mesh=mesh)
+        options = {"block": config.objective.block, "attention": config.attention, "mesh": mesh}
+        self._scorer = likelihood.make_scorer(model, side, **options)
         self._side, self._mesh, self._lengths = side, mesh, tables[side].lengths
         self.last = float("nan")
 

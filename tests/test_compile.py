@@ -62,6 +62,24 @@ def test_a_collective_in_a_loop_counts_as_often_as_the_loop_turns():
     assert [(c.dtype, c.shape, c.count, c.bytes) for c in reduces] == [("f32", (1, 96), 5, 384)]
 
 
+def test_a_kernel_that_describes_itself_over_several_lines_does_not_end_its_computation():
+    """As the TPU compiler writes one."""
+    text = """
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]) parameter(0)
+  %k = f32[8] custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="splash"}
+  %g = f32[8] all-gather(%k), channel_id=1, dimensions={0}
+}
+
+ENTRY %main (a: (s32[], f32[8])) -> (s32[], f32[8]) {
+  ROOT %w = (s32[], f32[8]) while(%a), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""
+    assert [(c.kind, c.shape, c.count) for c in hlo.collectives(text)] == [("all-gather", (8,), 5)]
+
+
 SHAPES = {
     "llama": {"model_type": "llama", "num_hidden_layers": 3, "tie_word_embeddings": True},
     "gemma": {"model_type": "gemma3_text", "num_hidden_layers": 6, "head_dim": 16, "sliding_window": 8},
@@ -120,7 +138,9 @@ def test_the_command_prints_whether_a_step_fits_and_what_it_takes(tiny_file, cap
         assert line in said, line
     assert {f.name for f in (tmp_path / "saved").iterdir()} == {"step.hlo.txt", "step.executable"}
     # Nothing of the size of logits is sent: a batch has 8 x 128 positions, the student 512 tokens.
-    for c in hlo.collectives((tmp_path / "saved" / "step.hlo.txt").read_text()):
+    text = (tmp_path / "saved" / "step.hlo.txt").read_text()
+    assert "splash_mha_fwd" in text and "splash_mha_dkv" in text  # planned on a CPU, and yet what a TPU runs
+    for c in hlo.collectives(text):
         assert np.prod(c.shape) < 8 * 128 * 512, c
     # The same step where a chip has less memory than it needs, with what to do.
     assert command.main([*arguments[:5], "--run=control", "--memory=10000"]) == OUT_OF_MEMORY

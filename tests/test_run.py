@@ -283,8 +283,9 @@ def test_a_second_run_skips_everything_and_a_changed_key_remakes_only_what_reads
 
 
 STAGES = ("corpus", "teacher", "projection", "control", "smoothing", "distilled", "hot", "evaluate", "export", "report")
-# Read in training, and no part of what is made: where, on what, beside which other runs, in which pieces it is scored.
-HOW_NOT_WHAT = {"workdir", "mesh", "runs", "export.run", "evaluation.batch_size"}
+# Read in training, and no part of what is made: where, on what, in which form, beside which other runs, in which pieces
+# it is scored.
+HOW_NOT_WHAT = {"workdir", "mesh", "attention", "runs", "export.run", "evaluation.batch_size"}
 HOW_NOT_WHAT |= {"teacher.spread", "watch.hang_seconds", "watch.profile", "watch.tensorboard", "watch.wandb"}
 HOW_NOT_WHAT |= {"data.files"}  # in the key by size and time of each file
 # Say which stages there are; in the keys of those that need the teacher, or learn from its scores.

@@ -11,7 +11,9 @@ from distil_jax import sharding
 from distil_jax.losses import head
 
 
-def make_scorer(model: Any, side: str, *, block: int = 0, mesh: Mesh | None = None) -> Callable[..., Any]:
+def make_scorer(
+    model: Any, side: str, *, block: int = 0, attention: str = "auto", mesh: Mesh | None = None
+) -> Callable[..., Any]:
     """`score(params, batch) -> (nats [B, L], prediction [B, L])` at the supervised positions of a side, jitted."""
 
     @jax.jit
@@ -21,6 +23,8 @@ def make_scorer(model: Any, side: str, *, block: int = 0, mesh: Mesh | None = No
             batch[f"{side}_tokens"],
             segment_ids=batch[f"{side}_segment_ids"],
             positions=batch[f"{side}_positions"],
+            attention=attention,
+            mesh=mesh,
         )
         return head.score(
             hidden,

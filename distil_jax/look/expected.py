@@ -43,11 +43,12 @@ def expected(
     student, projected, teacher = ([{} for _ in examples] for _ in range(3))
     notes: list[str] = []
     mesh = learners.mesh_of(work.config)
+    hidden = functools.partial(_hidden, mesh=mesh, attention=work.config.attention)
     with jax.set_mesh(mesh):
         if found := _found(notes, "student", lambda: _student(work, mesh)):
-            student = _ask(*_hidden(*found, examples, "student", mesh), examples, "student", _following, _own(found[0]))
+            student = _ask(*hidden(*found, examples, "student"), examples, "student", _following, _own(found[0]))
         if found := _found(notes, "teacher", lambda: _teacher(work, mesh)):
-            states = _hidden(*found, examples, "teacher", mesh)
+            states = hidden(*found, examples, "teacher")
             teacher = _ask(*states, examples, "teacher", _following, _own(found[0]))
             if W := _found(notes, "projection", lambda: _projection(work, tables)):
                 head = functools.partial(_projected_top, table=W.table(), student_vocab=W.student_vocab)
@@ -124,7 +125,7 @@ def _ask(
 
 
 def _hidden(
-    model: Any, params: Any, examples: Sequence[Example], side: str, mesh: Mesh
+    model: Any, params: Any, examples: Sequence[Example], side: str, mesh: Mesh, attention: str
 ) -> tuple[Float[np.ndarray, "B L D"], Any]:
     """(the model's hidden states of all examples, in rows that fill the mesh; its unembedding)."""
     tokens = [example[f"{side}_tokens"] for example in examples]
@@ -139,7 +140,8 @@ def _hidden(
     @jax.jit
     def hidden_of(params, batch):
         fields = {name: batch[name] for name in ("segment_ids", "positions")}
-        return model.hidden(params, batch["tokens"], **fields).astype(jnp.float32)
+        states = model.hidden(params, batch["tokens"], attention=attention, mesh=mesh, **fields)
+        return states.astype(jnp.float32)
 
     return sharding.to_host(hidden_of(params, sharding.put_batch(batch, mesh))), model.unembedding(params)
 

@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from distil_jax.errors import UserError
+from distil_jax.models import attention as attending
 from distil_jax.models import layers
 from distil_jax.models.config import DecoderConfig
 from distil_jax.models.int8 import Int8
@@ -186,17 +188,21 @@ class Model:
         attention_layers: tuple[int, ...] = (),
         observe: tuple[int, ...] = (),
         remat: str = "none",
+        attention: str = "auto",
+        mesh: Mesh | None = None,
     ):
         """Hidden states after the final norm, [B, L, D] in the dtype of the parameters.
 
         segment_ids: 0 is padding; attention is causal within an equal, non-zero id (None: one segment per row).
         positions: rotary positions (None: index within the segment).
         attention_layers: indices of layers; if any, returns (hidden, {layer: float32 maps [B, H, L, L]}), where the
-          rows of padding queries are zero. Only these layers hold a whole map in memory.
+          rows of padding queries are zero. Only these maps are ever whole in memory.
         observe: indices of layers instead; returns (hidden, {layer: Seen}), from which maps can be made piece by piece.
         remat: what each layer keeps for the backward pass: "none" of it is computed again; "full" keeps its input,
           "dots" also its matrix products (REMAT).
-        Raises UserError for a layer index out of range or another remat.
+        attention: which form computes it (attention.py); the numbers are the same to rounding.
+        mesh: where rows and parameters lie, if not all on one device of this process.
+        Raises UserError for a layer index out of range, another remat or another attention.
         """
         count = self.config.num_hidden_layers
         if any(not 0 <= layer < count for layer in (*attention_layers, *observe)):
@@ -207,13 +213,13 @@ class Model:
             positions = layers.segment_positions(segment_ids)
         kinds, kind_of_layer = self.layer_kinds()
         tables = jnp.stack([layers.rope_table(positions, kind.frequencies) for kind in kinds])
-        masks = jnp.stack([layers.attention_mask(segment_ids, kind.window) for kind in kinds])
+        attend = attending.over_kinds([kind.window for kind in kinds], segment_ids, attention, mesh)
 
         stacked = params["layers"]
 
         def run(x, kind, block_state, observed=False):
             def mix(q, k, v):
-                return layers.attend(q, k, v, masks[kind]), (q, k) if observed else None
+                return attend(q, k, v, kind), (q, k) if observed else None
 
             return self.block_of(block_state)(x, tables[kind], mix)
 
@@ -244,10 +250,10 @@ class Model:
             return x, seen
         if not attention_layers:
             return x
-        maps = {
-            layer: layers.attention_map(seen[layer].q_BxLxHxK, seen[layer].k_BxLxGxK, masks[kind_of_layer[layer]])
-            for layer in attention_layers
-        }
+        maps = {}
+        for layer in attention_layers:
+            mask = layers.attention_mask(segment_ids, kinds[kind_of_layer[layer]].window)
+            maps[layer] = layers.attention_map(seen[layer].q_BxLxHxK, seen[layer].k_BxLxGxK, mask)
         return x, {layer: jnp.where((segment_ids != 0)[:, None, :, None], m, 0.0) for layer, m in maps.items()}
 
     def embed(self, params: Params, tokens_BxL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
@@ -276,9 +282,13 @@ class Model:
         tokens_BxL: Int[Array, "B L"],
         segment_ids: Int[Array, "B L"] | None = None,
         positions: Int[Array, "B L"] | None = None,
+        **options: Any,
     ) -> Float[Array, "B L V"]:
-        """Logits in float32, whole in memory; columns that are no text token hold the lowest float32."""
-        hidden_BxLxD = self.hidden(params, tokens_BxL, segment_ids=segment_ids, positions=positions)
+        """Logits in float32, whole in memory; columns that are no text token hold the lowest float32.
+
+        options: `attention` and `mesh` of `hidden`.
+        """
+        hidden_BxLxD = self.hidden(params, tokens_BxL, segment_ids=segment_ids, positions=positions, **options)
         scores_VxN = layers.unembed(self.unembedding(params), hidden_BxLxD.reshape(-1, hidden_BxLxD.shape[-1]))
         logits = scores_VxN.T.reshape(*tokens_BxL.shape, -1)
         is_text = jnp.arange(self.config.vocab_size) < self.config.text_vocab_size
