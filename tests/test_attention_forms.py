@@ -197,12 +197,20 @@ def loss_and_gradient(model, tokens, **options):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
-@pytest.mark.parametrize("remat, form", [("none", "blocks"), ("full", "blocks"), ("full", "splash")])
-def test_a_model_says_and_learns_the_same_in_every_form(remat, form, gemma, monkeypatch):
+MODELS = [("none", "blocks", ""), ("full", "blocks", "fsdp:2,tensor:4"), ("full", "splash", "")]
+
+
+@pytest.mark.parametrize("remat, form, mesh", MODELS)
+def test_a_model_says_and_learns_the_same_in_every_form(remat, form, mesh, gemma, monkeypatch):
     """Logits, the map that is asked for, loss and gradient, through a scan over two kinds and a layer by itself."""
     monkeypatch.setattr(attention_blocks, "LARGEST", 16)  # several blocks in a short row
     model, params, tokens, ((value, (logits, attention_map)), gradient) = gemma
-    (again, (same, seen_map)), theirs = loss_and_gradient(model, tokens, attention=form, remat=remat)(params)
+    mesh = sharding.mesh_of(mesh) if mesh else None
+    if mesh:
+        params = jax.device_put(params, sharding.param_shardings(model, mesh))
+        tokens = sharding.put_batch({"tokens": tokens}, mesh)["tokens"]
+    run = loss_and_gradient(model, tokens, attention=form, remat=remat, mesh=mesh)
+    (again, (same, seen_map)), theirs = run(params)
     np.testing.assert_allclose(same, logits, atol=1e-4)
     np.testing.assert_allclose(seen_map, attention_map, atol=1e-5)
     np.testing.assert_allclose(again, value, rtol=1e-6)
