@@ -12,6 +12,7 @@ that has been silent for `LOST_SECONDS`, or has failed, ends all of them with on
 (docs/scale.md).
 """
 
+import atexit
 import contextlib
 import itertools
 import os
@@ -58,6 +59,8 @@ def start() -> None:
     if jax.process_count() > 1:
         _monitor = Monitor(_client(), jax.process_index(), jax.process_count())
         _monitor.start()
+        # Before Python tears itself down: a thread that it ends inside the client's C++ aborts the process.
+        atexit.register(_monitor.stop)
 
 
 def _given(value: str) -> dict[str, Any]:
@@ -154,23 +157,28 @@ class Monitor(threading.Thread):
         self.step = 0
         self.steps: dict[int, int] = {}
         self._heard: dict[int, tuple[str, float]] = {}
-        self._failing = False
+        self._over = threading.Event()
+
+    def stop(self) -> None:
+        """Ends the thread; returns when it has ended, or cannot for want of an answer."""
+        self._over.set()
+        self.join(LOST_SECONDS)
 
     def run(self) -> None:
         for beat in itertools.count():
-            if self._failing:
+            if self._over.is_set():
                 return
             try:
                 self._client.key_value_set(f"{_KEY}/alive/{self._index}", f"{beat} {self.step}", True)
                 told = dict(self._client.key_value_dir_get(f"{_KEY}/failed/"))
                 alive = dict(self._client.key_value_dir_get(f"{_KEY}/alive/"))
             except Exception as error:
-                if _leaving() or self._failing:
+                if _leaving() or self._over.is_set():
                     return
                 _end(HOST_LOST, f"the first host is lost ({str(error).splitlines()[0][:120]})")
             self._obey(told)
             self._look(alive)
-            time.sleep(BEAT_SECONDS)
+            self._over.wait(BEAT_SECONDS)
 
     def _obey(self, told: dict[str, str]) -> None:
         for key, text in told.items():
@@ -191,7 +199,7 @@ class Monitor(threading.Thread):
                 _end(HOST_LOST, f"host {whose} of {self._processes} has been silent {silent}")
 
     def fail(self, status: int, message: str) -> None:
-        self._failing = True
+        self._over.set()
         sys.stdout.flush(), sys.stderr.flush()
         with contextlib.suppress(Exception):  # the service may be what failed
             line = " ".join(message.split())[:500]

@@ -240,7 +240,8 @@ if "HASTE" in os.environ:
     jax.distributed.initialize = functools.partial(jax.distributed.initialize, initialization_timeout=1)
 status = cli._guarded(lambda: hosts.start() or 0)
 print(hosts.index(), "of", hosts.count()) if not status else None
-os._exit(status)
+if status:
+    os._exit(status)
 """
 
 
