@@ -56,6 +56,11 @@ class MetricsWriter:
             for sink in self._also:
                 sink.write(int(step), values)
 
+    def sync(self) -> None:
+        """Returns when all lines are on the disk: before a checkpoint that counts on them is begun."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()

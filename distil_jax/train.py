@@ -126,6 +126,7 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
                         metrics.write(done, **curve(whole(state)))
                         best.offer(done, curve.last, to_use(state))
                     if saves:
+                        metrics.sync()
                         checkpoints.save(done, state, force=True)
                 if stopping:
                     checkpoints.close()

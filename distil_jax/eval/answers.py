@@ -35,7 +35,7 @@ class Answers:
     bytes_IxC: Int[np.ndarray, "I C"]
 
     def chosen(self, *, normalised: bool = False) -> Int[np.ndarray, " I"]:
-        """The likeliest choice of each item; normalised: by nats a byte (acc_norm)."""
+        """The likeliest choice of each item; normalised: by nats a byte (acc_bytes)."""
         nats = self.loglikelihood_IxC
         return np.argmax(nats / np.maximum(self.bytes_IxC, 1) if normalised else nats, axis=1)
 
