@@ -36,14 +36,17 @@ def results(records: Sequence[Record], plots: Plots) -> str:
         heading("By class of the student's tokens"),
         paragraph("Bits per byte and, in brackets, how often the most likely token was right."),
         table(joined(records, lambda r: class_rows(models_of(r.summary)))),
-        heading("What a student keeps of the teacher"),
-        paragraph(
-            "On held-out text: how often its most likely token is right, over how often the teacher's is; how often it "
-            "is the first piece of the teacher's; KL of the projected teacher to it at temperature 1."
-        ),
-        table(joined(records, retention_rows)),
-        *(kept_by(record, part, several) for part in ("by_class", "by_specialty") for record in records),
     ]
+    if told := [r for r in records if "retention" in r.evaluate]:  # an older evaluation has none
+        parts += [
+            heading("What a student keeps of the teacher"),
+            paragraph(
+                "On held-out text: how often its most likely token is right, over how often the teacher's is; how "
+                "often it is the first piece of the teacher's; KL of the projected teacher to it at temperature 1."
+            ),
+            table(joined(told, retention_rows)),
+            *(kept_by(record, part, several) for part in ("by_class", "by_specialty") for record in told),
+        ]
     return section("results", "Results", parts)
 
 
