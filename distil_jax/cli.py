@@ -23,7 +23,7 @@ from typing import Any
 
 import distil_jax
 from distil_jax import arguments, hosts
-from distil_jax.errors import FAILED, HOST_LOST, INPUT, INTERRUPTED, OUT_OF_MEMORY, UserError, nearest
+from distil_jax.errors import FAILED, HOST_LOST, INPUT, INTERRUPTED, OUT_OF_MEMORY, STOPPED, UserError, nearest
 
 # Command -> what runs, imported when it does, and the line of --help. In the order of a run.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -139,8 +139,12 @@ def _guarded(action: Callable[[], int]) -> int:
     try:
         status = action()
         if status == 0:
-            hosts.barrier("done")  # who has less to do does not leave the others
+            hosts.leave()
         return status
+    except SystemExit as end:
+        if end.code == STOPPED:  # all of them at the same step
+            hosts.leave()
+        raise
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last whole checkpoint", file=sys.stderr)
         hosts.failed(INTERRUPTED, "interrupted")

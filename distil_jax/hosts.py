@@ -59,7 +59,8 @@ def start() -> None:
     if jax.process_count() > 1:
         _monitor = Monitor(_client(), jax.process_index(), jax.process_count())
         _monitor.start()
-        # Before Python tears itself down: a thread that it ends inside the client's C++ aborts the process.
+        # Where `leave` is not reached. Before Python tears itself down: a thread that it ends inside the client's C++
+        # aborts the process.
         atexit.register(_monitor.stop)
 
 
@@ -102,6 +103,24 @@ def barrier(name: str) -> None:
     """Waits until all processes are here; they must come by the same barriers in the same order."""
     if count() > 1:
         _client().wait_at_barrier(f"{_KEY}/{next(_barriers)}/{name}", _NEVER)
+
+
+def leave() -> None:
+    """Called by a process that has done all that it had to do: waits for the others, and ends the run with them.
+
+    A barrier alone would not do. The first process holds the coordination service, and one that has not yet read the
+    barrier's answer when the first exits would take that for a loss.
+    """
+    global _monitor
+    if count() > 1:
+        import jax
+
+        barrier("done")
+        if _monitor is not None:
+            _monitor.stop()
+            _monitor = None
+        with contextlib.suppress(Exception):  # nothing is left to be done, whatever became of the others
+            jax.distributed.shutdown()
 
 
 class AnyOf:

@@ -16,7 +16,7 @@ from faults import RUN
 from test_faults import corpus  # noqa: F401
 from test_run import definitions  # noqa: F401
 
-from distil_jax import hosts, sharding
+from distil_jax import cli, hosts, sharding
 from distil_jax.errors import HOST_LOST, INPUT, STOPPED, UserError
 
 
@@ -151,6 +151,30 @@ def test_what_is_wrong_for_one_host_is_told_to_all(corpus, alone):  # noqa: F811
     for process in started:
         process.join(60)
         assert process.exitcode == INPUT
+
+
+def slow_to_leave(address: str, index: int) -> None:
+    """The whole of a process that has nothing to do; the second one goes on from every barrier a second late."""
+    os.environ |= {"XLA_FLAGS": "", hosts.VARIABLE: f"{address},2,{index}"}
+    wait = hosts.barrier
+    hosts.barrier = lambda name: (wait(name), time.sleep(index))
+
+    def action() -> int:
+        hosts.start()
+        return 0
+
+    os._exit(cli._guarded(action))
+
+
+def test_the_first_host_waits_until_the_others_know_that_all_is_done():
+    """It holds the coordination service: a host that is late would abort when that is gone."""
+    address = f"127.0.0.1:{port()}"
+    started = [faults.context().Process(target=slow_to_leave, args=(address, index)) for index in range(2)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(60)
+    assert [process.exitcode for process in started] == [0, 0]
 
 
 @pytest.mark.parametrize(
