@@ -215,36 +215,35 @@ class Model:
         tables = jnp.stack([layers.rope_table(positions, kind.frequencies) for kind in kinds])
         attend = attending.over_kinds([kind.window for kind in kinds], segment_ids, attention, mesh)
 
-        stacked = params["layers"]
+        shown = sorted({*attention_layers, *observe})
 
-        def run(x, kind, block_state, observed=False):
+        def run(x, kind, block_state):
+            kind = 0 if len(kinds) == 1 else kind
+
             def mix(q, k, v):
-                return attend(q, k, v, kind), (q, k) if observed else None
+                return attend(q, k, v, kind), (q, k)
 
-            return self.block_of(block_state)(x, tables[kind], mix)
+            x, (q, k) = self.block_of(block_state)(x, tables[kind], mix)
+            return x, Seen(q, k, x) if shown else None
 
-        def run_span(x, start, stop):
-            def body(x, xs):
-                return run(x, *xs)[0], None
+        run = checkpointed(run, remat, prevent_cse=False)
 
-            body = checkpointed(body, remat, prevent_cse=False)
-            span = jax.tree.map(lambda leaf: leaf[start:stop], stacked) if (start, stop) != (0, count) else stacked
-            if len(kinds) == 1:
-                return jax.lax.scan(lambda x, block: body(x, (0, block)), x, span)[0]
-            return jax.lax.scan(body, x, (jnp.asarray(kind_of_layer[start:stop]), span))[0]
+        # One scan whatever is shown: a program that holds the layer once compiles fastest. Every layer writes into the
+        # place of the next one that is shown, which is the last to write there.
+        def body(carry, layer):
+            x, held = carry
+            block_state, kind, place = layer
+            x, new = run(x, kind, block_state)
+            held = jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, place, 0), held, new)
+            return (x, held), None
 
         x = self.embed(params, tokens_BxL)
-        seen, done = {}, 0
-        for layer in sorted({*attention_layers, *observe}):
-            if done < layer:
-                x = run_span(x, done, layer)
-            one = jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked)
-            step = checkpointed(run, remat, static_argnums=(1, 3))
-            x, (q, k) = step(x, kind_of_layer[layer], one, True)
-            seen[layer] = Seen(q, k, x)
-            done = layer + 1
-        if done < count:
-            x = run_span(x, done, count)
+        places = np.searchsorted(shown, np.arange(count))
+        per_layer = (params["layers"], jnp.asarray(kind_of_layer), jnp.asarray(places))
+        one = jax.eval_shape(run, x, 0, jax.tree.map(lambda leaf: leaf[0], params["layers"]))[1]
+        held = jax.tree.map(lambda leaf: jnp.zeros((places[-1] + 1, *leaf.shape), leaf.dtype), one)
+        (x, held), _ = jax.lax.scan(body, (x, held), per_layer)
+        seen = {layer: jax.tree.map(lambda leaf, n=n: leaf[n], held) for n, layer in enumerate(shown)}
         x = self.normed(params, x)
         if observe:
             return x, seen
