@@ -15,7 +15,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -237,40 +237,53 @@ def advice(plan: Any) -> str:
 
 
 def largest(config: Any, run: str, mesh: Any, chip: chips.Chip, fit: Fit) -> str:
-    """The largest batch that fits, of batches whose pieces are a multiple of data x fsdp: bytes grow with the rows, so
-    two compilations say where to look, and each answer is compiled before it is given."""
+    """Searches the largest batch that fits, of batches whose pieces are a multiple of data x fsdp; what it says was
+    compiled."""
     step = mesh.shape["data"] * mesh.shape["fsdp"] * fit.plan.training.accumulate
-    if not fit.fits or fit.program is None:
-        low, high = None, fit.rows
-    else:
-        low, high = fit, None
-        twice = compiled(config, run, mesh, chip, 2 * fit.rows)
-        if twice.fits and twice.program is not None:
-            slope = max(1.0, (twice.needed - fit.needed) / fit.rows)
-            wanted = int(fit.rows + (chip.memory - fit.needed) / slope) // step * step
-            low, high = twice, max(wanted, 2 * fit.rows + step) + step
-        else:
-            high = 2 * fit.rows
-    tried: dict[int, bool] = {}
-    for _ in range(6):
-        bottom = low.rows if low else 0
-        if high - bottom <= step:
-            break
-        # From what is known of its growth first, then halves.
-        rows = high - step if low and not tried else (bottom + high) // 2 // step * step
-        rows = max(rows, bottom + step)
+    tried = {fit.rows: (fit.needed, fit.fits and fit.program is not None)}
+
+    def needed(rows: int) -> tuple[int, bool]:
         one = compiled(config, run, mesh, chip, rows)
-        tried[rows] = one.fits
-        if one.fits and one.program is not None:
-            low = one
+        tried[rows] = one.needed, one.fits and one.program is not None
+        return tried[rows]
+
+    low, high = most(needed, tried[fit.rows], fit.rows, step, chip.memory)
+    tries = f"{len(tried)} compilations"
+    if not low:
+        return f"no batch that was tried fits: {high} rows do not, {step} are the fewest to share out ({tries})"
+    beyond = f"{high} do not fit" if high else "more were not tried"
+    return f"largest batch that fits: {low} rows a step, {tried[low][0] / _GIB:.2f} GiB a chip ({tries}; {beyond})"
+
+
+def most(
+    needed: Callable[[int], tuple[int, bool]], first: tuple[int, bool], rows: int, step: int, memory: float
+) -> tuple[int, int]:
+    """(the most rows found to fit, the fewest found not to), multiples of step; 0: none. At most six more tries, which
+    end when the two are a step or a sixteenth apart.
+
+    needed: rows -> bytes (0: not known) and whether they fit. first: that of `rows`. Bytes grow nearly linearly, so
+    each try is where the line through the two nearest ones reaches `memory`.
+    """
+    known = {rows: first}
+    for _ in range(6):
+        low = max((n for n, (_, fits) in known.items() if fits), default=0)
+        high = min((n for n, (_, fits) in known.items() if not fits), default=0)
+        if high and high - low <= max(step, low // 16):
+            break
+        near = sorted((n for n, (size, _) in known.items() if size), key=lambda n: abs(known[n][0] - memory))[:2]
+        if len(near) == 2 and known[near[0]][0] != known[near[1]][0]:
+            (a, (size_a, _)), (b, (size_b, _)) = ((n, known[n]) for n in near)
+            guess = a + (memory - size_a) * (b - a) / (size_b - size_a)
         else:
-            high = rows
-    if low is None:
-        return f"no batch fits: {step} rows are the fewest that this mesh can share out"
-    return (
-        f"largest batch that fits: {low.rows} rows a step, {low.needed / _GIB:.2f} GiB a chip "
-        f"({len(tried) + 2} compilations; {high} do not fit or were not needed)"
-    )
+            guess = high / 2 if high else 2 * low
+        guess = max(int(guess) // step * step, low + step)
+        if high and guess >= high:  # the line does not bend with them
+            guess = (low + high) // 2 // step * step
+        if guess <= low:
+            break
+        known[guess] = needed(guess)
+    low = max((n for n, (_, fits) in known.items() if fits), default=0)
+    return low, min((n for n, (_, fits) in known.items() if not fits), default=0)
 
 
 def save(program: Any, folder: Path) -> None:

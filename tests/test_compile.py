@@ -159,3 +159,30 @@ def test_a_topology_that_is_not_known_is_refused():
     for topology in ("v5e", "v12:2x2", "v5e:banana"):
         with pytest.raises(UserError, match="topology"):
             command.main(["--config", "configs/tiny.py", "--topology", topology])
+
+
+@pytest.mark.parametrize("first", [80, 16, 640, 1600])
+@pytest.mark.parametrize("told", [True, False], ids=["the compiler says how much", "it does not"])
+@pytest.mark.parametrize("bend", [0.0, 2e-5])
+def test_the_largest_batch_is_found_in_a_few_compilations(first, told, bend):
+    """Bytes that grow with the rows, in a line and a little faster."""
+    memory, tried = 16.0, []
+
+    def needed(rows):
+        size = 1.5 + 0.03 * rows + bend * rows**2
+        tried.append(rows)
+        return (size if told or size <= memory else 0), size <= memory
+
+    low, high = command.most(needed, needed(first), first, 16, memory)
+    assert needed(low)[1] and not needed(high)[1]
+    assert all(rows % 16 == 0 for rows in tried) and high - low <= max(16, low // 16)
+
+
+def test_a_batch_of_which_nothing_fits_ends_the_search():
+    tried = []
+    assert command.most(lambda rows: (tried.append(rows), (99, False))[1], (100, False), 64, 16, 10.0) == (0, 16)
+    assert len(tried) <= 6
+
+
+def test_a_first_batch_that_is_the_fewest_and_fits_not():
+    assert command.most(lambda rows: (0, True), (100, False), 16, 16, 10.0) == (0, 16)
