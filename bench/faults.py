@@ -43,7 +43,7 @@ def main() -> int:
         seconds, wanted = time.monotonic() - started, faults.result(work / faults.RUN)
         kills, wrong, seed = [], 0, args.seed
         while len(kills) < args.kills:
-            ends = faults.disturbed(arguments, work, seed, 0.8 * seconds)
+            ends = faults.disturbed(arguments, work, seed, seconds)
             same = faults.result(work / faults.RUN) == wanted
             wrong += not same
             for end in ends:
@@ -59,7 +59,7 @@ def main() -> int:
 
 def corpus(work: Path) -> list[str]:
     """The arguments of a small run with its corpus made."""
-    settings = SMALL | {"workdir": work, "student.training.steps": 24, "student.training.log_every": 1}
+    settings = SMALL | {"workdir": work, "student.training.steps": faults.STEPS, "student.training.log_every": 1}
     settings |= {"student.training.evaluate_every": 8, "student.training.checkpoint_every": faults.SAVE_EVERY}
     arguments = ["--config", str(PROJECT / "configs" / "tiny.py"), *(f"--config.{k}={v}" for k, v in settings.items())]
     prepare.main(load_config(arguments)[0])
@@ -69,14 +69,13 @@ def corpus(work: Path) -> list[str]:
 def table(kills: list[faults.Kill]) -> None:
     by = defaultdict(list)
     for end in kills:
-        by[end.how].append(end)
-    header = ("signal", "kills", "exit statuses", "before the first step", "steps lost, median", "most")
+        by[end.how, end.where].append(end)
+    header = ("signal", "in", "kills", "exit statuses", "steps lost, median", "most")
     print(f"\n| {' | '.join(header)} |\n{'|---' * len(header)}|")
-    for how, ends in sorted(by.items()):
+    for (how, where), ends in sorted(by.items()):
         lost = [max(0, end.reported - end.saved) for end in ends]
         statuses = ", ".join(f"{status}: {n}" for status, n in sorted(Counter(end.status for end in ends).items()))
-        early = sum(end.reported == 0 for end in ends)
-        print(f"| {how} | {len(ends)} | {statuses} | {early} | {np.median(lost):.0f} | {max(lost)} |")
+        print(f"| {how} | {where} | {len(ends)} | {statuses} | {np.median(lost):.0f} | {max(lost)} |")
 
 
 def full_disk(work: Path, arguments: list[str], wanted: faults.Result) -> bool:

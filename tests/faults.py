@@ -12,6 +12,7 @@ import random
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 from distil_jax.errors import INTERRUPTED, STOPPED
 
 RUN = "control"
+STEPS = 24
 SAVE_EVERY = 3
 
 
@@ -34,6 +36,7 @@ def train_once(arguments: list[str], log: str, broken: str = "", environment: di
     os.environ |= environment or {"XLA_FLAGS": ""}
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1), os.dup2(file, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs behind it without
     from distil_jax import cli, hosts, train
     from distil_jax.config import load_config
 
@@ -92,24 +95,46 @@ class Kill(NamedTuple):
     status: int
     reported: int  # last step in metrics.jsonl when it ended
     saved: int  # newest whole checkpoint then
+    where: str  # "start", "steps" or "save", a checkpoint being under way; "end" when all steps were reported
     message: str
 
 
-def attempt(config: list[str], work: Path, how: int | None, after: float, broken: str = "") -> Kill:
-    """Runs one process; sends it the signal `how` after so many seconds, unless it has ended by then."""
-    log = work / "log.txt"
+def attempt(
+    config: list[str], work: Path, how: int | None, after: float, broken: str = "", from_step: int = 0
+) -> Kill:
+    """Runs one process; sends it the signal `how` so many seconds after it reported `from_step` (0: after it was
+    started), unless it has ended by then."""
+    log, folder = work / "log.txt", work / RUN
     log.unlink(missing_ok=True)
+    before, where = (reported(folder), unfinished(folder)), "none"
     process = context().Process(target=train_once, args=(config, str(log), broken))
     process.start()
+    while how is not None and process.is_alive() and reported(folder) < from_step:
+        time.sleep(0.002)
     process.join(after if how is not None else 300)
     if process.is_alive():
+        where = place(folder, *before)
         os.kill(process.pid, how if how is not None else signal.SIGKILL)
         process.join(120)
-    folder = work / RUN
     return Kill(
         "none" if how is None else signal.Signals(how).name, after, process.exitcode, reported(folder), saved(folder),
-        log.read_text() if log.exists() else "",
+        where, log.read_text() if log.exists() else "",
     )  # fmt: skip
+
+
+def place(folder: Path, reported_before: int, unfinished_before: set) -> str:
+    """Where the process is that works in the folder, and found there what is given."""
+    if unfinished(folder) - unfinished_before:
+        return "save"
+    now = reported(folder)
+    return "end" if now == STEPS else "start" if now in (0, reported_before) else "steps"
+
+
+def unfinished(folder: Path) -> set[tuple[str, int]]:
+    """The checkpoints that are not whole, under way or left by a process that was killed; by name and inode."""
+    checkpoints = folder / "checkpoints"
+    found = checkpoints.iterdir() if checkpoints.is_dir() else ()
+    return {(p.name, os.stat(p).st_ino) for p in found if "tmp" in p.name and p.exists()}
 
 
 def reported(folder: Path) -> int:
@@ -125,12 +150,21 @@ def saved(folder: Path) -> int:
 
 
 def disturbed(config: list[str], work: Path, seed: int, seconds: float, kills: int = 3) -> list[Kill]:
-    """Kills a run up to `kills` times at random moments, and then lets it end."""
+    """Kills a run of so many `seconds` up to `kills` times at random moments, and then lets it end.
+
+    One kill in four comes at any time after the start, which with a small run is most often before its first step; the
+    others soon after a random step, as long as a save takes and more.
+    """
     rng, ends = random.Random(seed), []
     shutil.rmtree(work / RUN, ignore_errors=True)
     for _ in range(kills):
         how = rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-        ends.append(attempt(config, work, how, rng.uniform(0.05, seconds)))
+        done = reported(work / RUN)
+        if done == STEPS or rng.random() < 0.25:
+            ends.append(attempt(config, work, how, rng.uniform(0.05, 0.8 * seconds)))
+        else:
+            step = rng.randint(done + 1, STEPS)
+            ends.append(attempt(config, work, how, rng.uniform(0, 0.05 * seconds), from_step=step))
         if ends[-1].status == 0:
             break
     if ends[-1].status != 0:  # also one that a signal ended when its work was done

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import faults
 import pytest
-from faults import RUN, SAVE_EVERY
+from faults import RUN, SAVE_EVERY, STEPS
 from test_run import SMALL, definitions  # noqa: F401
 
 from distil_jax import prepare
@@ -15,7 +15,6 @@ from distil_jax.config import load_config
 from distil_jax.errors import INPUT, STOPPED
 
 PROJECT = Path(__file__).resolve().parent.parent
-STEPS = 24
 KILLS = 30
 
 
@@ -55,13 +54,14 @@ def test_a_run_killed_at_random_moments_ends_with_the_bytes_of_an_undisturbed_on
     wanted, seconds = undisturbed
     kills, seed = [], 0
     while len(kills) < KILLS:
-        ends, seed = faults.disturbed(arguments, work, seed, 0.8 * seconds), seed + 1
+        ends, seed = faults.disturbed(arguments, work, seed, seconds), seed + 1
         assert ends[-1].status == 0, ends[-1].message
         assert faults.result(work / RUN) == wanted, f"seed {seed}: {ends}"
         kills += [end for end in ends if end.status != 0]
         for end in ends:
             faults.check_loss(end, SAVE_EVERY)
     assert {end.how for end in kills} == {"SIGTERM", "SIGINT", "SIGKILL"}
+    assert {end.where for end in kills} >= {"start", "steps", "save"}
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,17 @@ def test_what_is_written_is_read(tmp_path):
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
+def test_sync_puts_every_line_on_the_disk(tmp_path, monkeypatch):
+    """What a power cut leaves cannot be seen here; that the system is asked, with all lines in the file, can."""
+    path, asked, fsync = tmp_path / "metrics.jsonl", [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (asked.append(path.read_bytes()), fsync(file))[1])
+    with MetricsWriter(path) as writer:
+        writer.write(0, loss=1.0)
+        writer.write(1, loss=0.5)
+        writer.sync()
+    assert asked == [path.read_bytes()] and asked[0].count(b"\n") == 2
+
+
 def test_a_resumed_run_drops_what_it_will_write_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with MetricsWriter(path) as writer:
