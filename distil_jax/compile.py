@@ -244,7 +244,9 @@ def largest(config: Any, run: str, mesh: Any, chip: chips.Chip, fit: Fit) -> str
 
     def needed(rows: int) -> tuple[int, bool]:
         one = compiled(config, run, mesh, chip, rows)
-        tried[rows] = one.needed, one.fits and one.program is not None
+        size, fits = tried[rows] = one.needed, one.fits and one.program is not None
+        told = f"{size / _GIB:.2f} GiB a chip" if size else "as much as the compiler does not say"
+        print(f"{rows} rows a step: {told}, {'fits' if fits else 'too much'} ({one.seconds:.0f} s)", flush=True)
         return tried[rows]
 
     low, high = most(needed, tried[fit.rows], fit.rows, step, chip.memory)
