@@ -73,7 +73,7 @@ def table(kills: list[faults.Kill]) -> None:
     header = ("signal", "in", "kills", "exit statuses", "steps lost, median", "most")
     print(f"\n| {' | '.join(header)} |\n{'|---' * len(header)}|")
     for (how, where), ends in sorted(by.items()):
-        lost = [max(0, end.reported - end.saved) for end in ends]
+        lost = [end.lost for end in ends]
         statuses = ", ".join(f"{status}: {n}" for status, n in sorted(Counter(end.status for end in ends).items()))
         print(f"| {how} | {where} | {len(ends)} | {statuses} | {np.median(lost):.0f} | {max(lost)} |")
 

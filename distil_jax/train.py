@@ -107,7 +107,7 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
                 sizes = {"parameters": parameters, "trainable_parameters": trainable}
                 metrics.write(0, **sizes, **curve(whole(state)))
                 best.offer(0, curve.last, to_use(state))
-            pending, asked, stopping = None, False, False
+            pending, asked, stopping, done = None, False, False, start
             batches = itertools.islice(loader.iterate(start), t.steps - start)
             for done, batch in enumerate(watching.waiting(batches), start + 1):
                 watching.before(done)
@@ -129,11 +129,13 @@ def train(config: ConfigDict, name: str) -> dict[str, Any]:
                         metrics.sync()
                         checkpoints.save(done, state, force=True)
                 if stopping:
-                    checkpoints.close()
-                    if hosts.is_first_process():
-                        print(f"{name}: stopped at step {done}, state saved; start it again to go on", file=sys.stderr)
-                    raise SystemExit(STOPPED)
-        checkpoints.close()
+                    break
+            with watching.paused():
+                checkpoints.close()  # while SIGTERM is still ours: the last steps are not lost either
+            if stopping or any_of.told(stop.requested):
+                if hosts.is_first_process():
+                    print(f"{name}: stopped at step {done}, state saved; start it again to go on", file=sys.stderr)
+                raise SystemExit(STOPPED)
         used = best.take(to_use(state))
         params = lora.whole(used, own, objective.adapter_scale)
         if start == t.steps or t.keep_best:  # finished, but stopped before it could say so; or another point

@@ -98,6 +98,11 @@ class Kill(NamedTuple):
     where: str  # "start", "steps" or "save", a checkpoint being under way; "end" when all steps were reported
     message: str
 
+    @property
+    def lost(self) -> int:
+        """Steps that it reported and that are in no whole checkpoint."""
+        return 0 if self.where == "start" else max(0, self.reported - self.saved)
+
 
 def attempt(
     config: list[str], work: Path, how: int | None, after: float, broken: str = "", from_step: int = 0
@@ -106,7 +111,7 @@ def attempt(
     started), unless it has ended by then."""
     log, folder = work / "log.txt", work / RUN
     log.unlink(missing_ok=True)
-    before, where = (reported(folder), unfinished(folder)), "none"
+    before, where = (lines(folder), unfinished(folder)), "none"
     process = context().Process(target=train_once, args=(config, str(log), broken))
     process.start()
     while how is not None and process.is_alive() and reported(folder) < from_step:
@@ -122,12 +127,13 @@ def attempt(
     )  # fmt: skip
 
 
-def place(folder: Path, reported_before: int, unfinished_before: set) -> str:
+def place(folder: Path, lines_before: list[str], unfinished_before: set) -> str:
     """Where the process is that works in the folder, and found there what is given."""
     if unfinished(folder) - unfinished_before:
         return "save"
-    now = reported(folder)
-    return "end" if now == STEPS else "start" if now in (0, reported_before) else "steps"
+    if lines(folder) in ([], lines_before):  # a line has its time in it
+        return "start"
+    return "end" if reported(folder) == STEPS else "steps"
 
 
 def unfinished(folder: Path) -> set[tuple[str, int]]:
@@ -138,9 +144,13 @@ def unfinished(folder: Path) -> set[tuple[str, int]]:
 
 
 def reported(folder: Path) -> int:
+    return max((json.loads(line)["step"] for line in lines(folder)), default=0)
+
+
+def lines(folder: Path) -> list[str]:
+    """Of metrics.jsonl, those that are whole."""
     file = folder / "metrics.jsonl"
-    whole = [line for line in (file.read_text().split("\n")[:-1] if file.exists() else [])]
-    return max((json.loads(line)["step"] for line in whole), default=0)
+    return file.read_text().split("\n")[:-1] if file.exists() else []
 
 
 def saved(folder: Path) -> int:
@@ -174,13 +184,15 @@ def disturbed(config: list[str], work: Path, seed: int, seconds: float, kills: i
 
 def check_loss(end: Kill, save_every: int) -> None:
     """Raises AssertionError if a process ended otherwise than it may, or more was lost than it may."""
-    # Before the program takes signals itself they end it as the system does.
+    # Before the program takes signals itself, and after, they end it as the system does.
     allowed = (0, STOPPED, INTERRUPTED, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
     assert end.status in allowed, end.message
-    if end.status == STOPPED:  # nothing: every step that was reported is in the checkpoint
-        assert f"stopped at step {end.saved}" in end.message and end.saved >= end.reported, end
-    elif end.status != 0:  # the steps since the last save; while one is under way, since the one before
-        assert end.reported - end.saved <= 2 * save_every, end
+    if end.status == STOPPED:
+        assert f"stopped at step {end.saved}" in end.message, end
+    if end.how == "SIGTERM":  # every step that was reported is in the checkpoint
+        assert end.lost == 0, end
+    else:  # the steps since the last save; while one is under way, since the one before
+        assert end.lost <= 2 * save_every, end
 
 
 # ---- restores that are wrong on purpose: the comparison has to find each of them ------------------------------------

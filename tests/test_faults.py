@@ -64,6 +64,18 @@ def test_a_run_killed_at_random_moments_ends_with_the_bytes_of_an_undisturbed_on
     assert {end.where for end in kills} >= {"start", "steps", "save"}
 
 
+def test_sigterm_after_the_last_step_waits_for_its_checkpoint(corpus, undisturbed):
+    arguments, work = corpus
+    for _ in range(5):  # the moment may be missed
+        shutil.rmtree(work / RUN, ignore_errors=True)
+        end = faults.attempt(arguments, work, signal.SIGTERM, 0, from_step=STEPS)
+        if end.status == STOPPED:
+            break
+    assert end.status == STOPPED and end.saved == STEPS and f"stopped at step {STEPS}" in end.message, end
+    assert faults.attempt(arguments, work, None, 0).status == 0
+    assert faults.result(work / RUN) == undisturbed[0]
+
+
 @pytest.fixture(scope="module")
 def stopped(corpus, undisturbed, tmp_path_factory):
     """A copy of a run that was stopped in the middle, with two checkpoints and more."""
