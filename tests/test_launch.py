@@ -238,9 +238,11 @@ from jax._src.clusters import ClusterEnv
 print(next((c.__name__ for c in ClusterEnv._cluster_types if not c.opt_in_only_method and c.is_env_present()), "none"))
 if "HASTE" in os.environ:
     jax.distributed.initialize = functools.partial(jax.distributed.initialize, initialization_timeout=1)
-status = cli._guarded(lambda: hosts.start() or 0)
-print(hosts.index(), "of", hosts.count()) if not status else None
-if status:
+def action():
+    hosts.start()
+    print(hosts.index(), "of", hosts.count(), flush=True)
+    return 0
+if status := cli._guarded(action):
     os._exit(status)
 """
 
