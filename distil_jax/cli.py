@@ -7,6 +7,7 @@ to mend, said in one line; others as errors.py lists them. `DISTIL_JAX_DEBUG=1` 
 """
 
 import ast
+import contextlib
 import errno
 import hashlib
 import importlib
@@ -143,7 +144,8 @@ def _guarded(action: Callable[[], int]) -> int:
         return status
     except SystemExit as end:
         if end.code == STOPPED:  # all of them at the same step
-            hosts.leave()
+            with contextlib.suppress(Exception):  # the state is saved, whatever became of the others
+                hosts.leave()
         raise
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last whole checkpoint", file=sys.stderr)

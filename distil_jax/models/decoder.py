@@ -240,7 +240,9 @@ class Model:
         x = self.embed(params, tokens_BxL)
         places = np.searchsorted(shown, np.arange(count))
         per_layer = (params["layers"], jnp.asarray(kind_of_layer), jnp.asarray(places))
-        one = jax.eval_shape(run, x, 0, jax.tree.map(lambda leaf: leaf[0], params["layers"]))[1]
+        one = None
+        if shown:
+            one = jax.eval_shape(run, x, 0, jax.tree.map(lambda leaf: leaf[0], params["layers"]))[1]
         held = jax.tree.map(lambda leaf: jnp.zeros((places[-1] + 1, *leaf.shape), leaf.dtype), one)
         (x, held), _ = jax.lax.scan(body, (x, held), per_layer)
         seen = {layer: jax.tree.map(lambda leaf, n=n: leaf[n], held) for n, layer in enumerate(shown)}
